@@ -1,0 +1,227 @@
+"""Registers the operator with PyTorch: two custom ops, each the other's derivative, and the function people call.
+
+``apply`` is the layer. ``adjoint`` is everything that its backward pass needs: ``dot`` and ``scatter`` of
+``layers/flash/reference.py`` in one pass over the inputs. The gradient of either is written with the two ops again, so
+double backward and beyond cost no more memory than the first. Both are opaque to ``torch.compile`` and
+``torch.export``, which see the shapes given here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layers.bsplines import check_grid
+from layers.flash import dispatch
+
+NOT_NEEDED = -1  # in place of an order of differentiation
+
+
+@torch.library.custom_op("flashkan::apply", mutates_args=())
+def apply_op(
+    x: Tensor,
+    weight: Tensor,
+    base: Tensor | None,
+    scale: Tensor | None,
+    order: int,
+    lo: float,
+    hi: float,
+    d: int,
+    route: str,
+) -> Tensor:
+    return dispatch.apply(x, weight, base, scale, order, lo, hi, d, route)
+
+
+@torch.library.custom_op("flashkan::adjoint", mutates_args=())
+def adjoint_op(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    base: Tensor | None,
+    scale: Tensor | None,
+    order: int,
+    lo: float,
+    hi: float,
+    dot_d: int,
+    scatter_d: int,
+    route: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dot`` of order ``dot_d`` (B, I), ``scatter`` of order ``scatter_d`` (I, R, O), (I, O); empty if not needed."""
+    return dispatch.adjoint(grad, x, weight, base, scale, order, lo, hi, dot_d, scatter_d, route)
+
+
+@apply_op.register_fake
+def _(x, weight, base, scale, order, lo, hi, d, route):
+    return x.new_empty(x.shape[0], weight.shape[2], dtype=torch.promote_types(x.dtype, weight.dtype))
+
+
+@adjoint_op.register_fake
+def _(grad, x, weight, base, scale, order, lo, hi, dot_d, scatter_d, route):
+    none = x.new_empty(0)
+    return (
+        none if dot_d == NOT_NEEDED else torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(0) if scatter_d == NOT_NEEDED else torch.empty_like(weight, memory_format=torch.contiguous_format),
+        x.new_empty(0) if scatter_d == NOT_NEEDED or base is None else torch.empty_like(base),
+    )
+
+
+def _apply_setup(ctx, inputs, output):
+    x, weight, base, scale, *ctx.rest = inputs
+    ctx.save_for_backward(x, weight, base, scale)
+
+
+def _apply_backward(ctx, grad):
+    x, weight, base, scale = ctx.saved_tensors
+    order, lo, hi, d, route = ctx.rest
+    need_x, need_weight, need_base, need_scale = ctx.needs_input_grad[:4]
+    slope, for_weight, for_base = adjoint_op(
+        grad,
+        x,
+        weight,
+        base,
+        scale,
+        order,
+        lo,
+        hi,
+        d + 1 if need_x else NOT_NEEDED,
+        d if need_weight or need_base else NOT_NEEDED,
+        route,
+    )
+    for_x = for_scale = None
+    if need_x:
+        for_x = slope if scale is None else slope * scale
+    if need_scale:
+        for_scale = adjoint_op(grad, x, weight, base, None, order, lo, hi, d, NOT_NEEDED, route)[0]
+    return (
+        for_x,
+        for_weight if need_weight else None,
+        for_base if need_base else None,
+        for_scale,
+        *[None] * len(ctx.rest),
+    )
+
+
+def _adjoint_setup(ctx, inputs, output):
+    grad, x, weight, base, scale, *ctx.rest = inputs
+    ctx.save_for_backward(grad, x, weight, base, scale)
+
+
+def _adjoint_backward(ctx, for_dot, for_scatter, for_base):
+    grad, x, weight, base, scale = ctx.saved_tensors
+    order, lo, hi, dot_d, scatter_d, route = ctx.rest
+    need_grad, need_x, need_weight, need_base, need_scale = ctx.needs_input_grad[:5]
+    out: list[Tensor | None] = [None] * 5
+
+    def add(n: int, part: Tensor) -> None:
+        out[n] = part if out[n] is None else out[n] + part
+
+    def dot(d: int, weight: Tensor, base: Tensor | None) -> Tensor:
+        return adjoint_op(grad, x, weight, base, None, order, lo, hi, d, NOT_NEEDED, route)[0]
+
+    if dot_d != NOT_NEEDED:
+        if need_grad:
+            add(0, apply_op(x, weight, base, for_dot, order, lo, hi, dot_d, route))
+        if need_x:
+            add(1, for_dot * dot(dot_d + 1, weight, base))
+        if need_weight or need_base:
+            _, v, b = adjoint_op(grad, x, weight, base, for_dot, order, lo, hi, NOT_NEEDED, dot_d, route)
+            out[2], out[3] = (v if need_weight else None), (b if need_base else None)
+    if scatter_d != NOT_NEEDED:
+        other = for_base if base is not None else None
+        if need_grad:
+            add(0, apply_op(x, for_scatter, other, scale, order, lo, hi, scatter_d, route))
+        if need_x:
+            slope = dot(scatter_d + 1, for_scatter, other)
+            add(1, slope if scale is None else slope * scale)
+        if need_scale:
+            add(4, dot(scatter_d, for_scatter, other))
+    out[0] = None if out[0] is None else out[0].to(grad.dtype)
+    return (*out, *[None] * len(ctx.rest))
+
+
+apply_op.register_autograd(_apply_backward, setup_context=_apply_setup)
+adjoint_op.register_autograd(_adjoint_backward, setup_context=_adjoint_setup)
+
+
+def _one_at_a_time(op):
+    """A vmap rule that is always right: run the op for every entry and stack."""
+
+    def rule(info, in_dims, *args):
+        results = []
+        for n in range(info.batch_size):
+            picked = [a if dim is None else a.select(dim, n) for a, dim in zip(args, in_dims, strict=True)]
+            results.append(op(*picked))
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule
+
+
+def _apply_vmap(info, in_dims, x, weight, base, scale, *rest):
+    x_dim, weight_dim, base_dim, scale_dim = in_dims[:4]
+    if x_dim is None or weight_dim is not None or base_dim is not None or scale_dim is not None or scale is not None:
+        return _one_at_a_time(apply_op)(info, in_dims, x, weight, base, scale, *rest)
+    x = x.movedim(x_dim, 0)  # shared weights: the extra dimension is a larger batch
+    return apply_op(x.flatten(0, 1), weight, base, None, *rest).unflatten(0, x.shape[:2]), 0
+
+
+apply_op.register_vmap(_apply_vmap)
+adjoint_op.register_vmap(_one_at_a_time(adjoint_op))
+
+
+def flash_kan(
+    x: Tensor,
+    spline_weight: Tensor,
+    base_weight: Tensor | None = None,
+    spline_order: int = 3,
+    grid_range: tuple[float, float] = (-1, 1),
+    *,
+    route: str | None = None,
+) -> Tensor:
+    """A KAN layer with local support as a function: ``silu(x) @ base_weight`` and a B-spline for every edge.
+
+    Args:
+        x: shape ``(*, I)``, floating, in the units of ``grid_range``.
+        spline_weight: shape ``(I, G + k, O)``, floating; ``G`` is read off it.
+        base_weight: shape ``(I, O)`` or ``None`` (default) for splines alone.
+        spline_order: ``k >= 0``, default 3.
+        grid_range: the two ends of the grid, default (-1, 1).
+        route: ``"local"`` (gather ``k + 1`` rows), ``"dense"`` (all rows and one matrix product), ``"reference"``
+            (plain PyTorch), or ``None`` (default): the faster of the first two, by the measured rule in
+            ``layers/flash/dispatch.py``.
+
+    Returns:
+        Shape ``(*, O)``, in the wider dtype of ``x`` and ``spline_weight``. Under autocast the weights are taken in the
+        autocast dtype and ``x`` is left alone: a position in bfloat16 would lose its place on a fine grid.
+
+    Differentiable in ``x`` and the weights to any order (at a knot the one-sided value from the right is used), works
+    under ``torch.compile``, ``torch.export``, ``torch.func.grad`` and ``vmap``; forward-mode AD (``jvp``) is refused by
+    PyTorch with an error. Raises ``TypeError`` or ``ValueError`` naming the argument.
+    Source: KAN, arXiv 2404.19756, equation 2.10.
+    """
+    if not (x.is_floating_point() and spline_weight.is_floating_point()):
+        raise TypeError(f"x and spline_weight must have floating dtypes, got {x.dtype} and {spline_weight.dtype}")
+    if spline_weight.ndim != 3 or spline_weight.shape[1] <= spline_order:
+        raise ValueError(
+            f"spline_weight must have shape (I, G + k, O) with G >= 1 and k = {spline_order}, "
+            f"got {tuple(spline_weight.shape)}"
+        )
+    features, rows, outputs = spline_weight.shape
+    if x.ndim == 0 or x.shape[-1] != features:
+        raise ValueError(f"x must have shape (*, {features}), got {tuple(x.shape)}")
+    if base_weight is not None and base_weight.shape != (features, outputs):
+        raise ValueError(f"base_weight must have shape ({features}, {outputs}), got {tuple(base_weight.shape)}")
+    if route not in dispatch.ROUTES:
+        raise ValueError(f"route must be one of {dispatch.ROUTES}, got {route!r}")
+    lo, hi = check_grid(rows - spline_order, spline_order, grid_range)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        narrow = torch.get_autocast_dtype(kind)
+        if spline_weight.dtype == torch.float32:
+            spline_weight = spline_weight.to(narrow)
+        if base_weight is not None and base_weight.dtype == torch.float32:
+            base_weight = base_weight.to(narrow)
+    flat = x.reshape(-1, features)
+    y = apply_op(flat, spline_weight, base_weight, None, spline_order, lo, hi, 0, route or "auto")
+    return y.reshape(*x.shape[:-1], outputs)
