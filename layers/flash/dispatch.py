@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 
+import torch
 from torch import Tensor
 
-from layers.flash import reference
+from layers.flash import dense, reference
 
 ROUTES = (None, "local", "dense", "reference")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # GPU kernels run, slowly, on the CPU
 
 
 @functools.cache
@@ -23,13 +26,46 @@ def cpu_kernels():
     return cpu
 
 
+@functools.cache
+def gpu_kernels():
+    """The Triton kernels, or ``None`` with one warning where Triton is not installed."""
+    try:
+        from layers.flash import gpu
+    except ImportError as error:
+        warnings.warn(f"FlashKAN runs on plain PyTorch: Triton can't be imported ({error})", stacklevel=2)
+        return None
+    return gpu
+
+
+def dense_wins(samples: int, features: int, rows: int, outputs: int, dtype: torch.dtype, tf32: bool) -> bool:
+    """Whether, on a GPU, all rows and one matrix product beat the gather of ``k + 1`` rows.
+
+    The product does ``rows / (k + 1)`` times the work at a much higher rate; the rate depends on the number format.
+    """
+    if outputs < 128 or samples < 256:
+        return False
+    if dtype in (torch.bfloat16, torch.float16):
+        return rows <= 64
+    if dtype == torch.float32:
+        return rows <= (40 if tf32 else 10)
+    return False
+
+
 def kernels(x: Tensor, weight: Tensor, order: int, d: int, route: str):
     """The module whose ``apply`` and ``adjoint`` take this call; ``d`` is the highest derivative asked for."""
     if route == "reference":
         return reference
-    if x.device.type == "cpu":
-        return cpu_kernels() or reference
-    return reference
+    on_gpu = x.is_cuda or INTERPRETED
+    if not on_gpu:
+        return dense if route == "dense" else cpu_kernels() or reference
+    gpu = gpu_kernels()
+    if gpu is None or not gpu.covers(weight, order, d):
+        return reference
+    if route == "auto":
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        wins = x.is_cuda and dense_wins(*x.shape, weight.shape[1], weight.shape[2], weight.dtype, tf32)
+        route = "dense" if wins else "local"
+    return dense if route == "dense" else gpu
 
 
 def apply(x, weight, base, scale, order, lo, hi, d, route) -> Tensor:

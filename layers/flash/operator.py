@@ -101,6 +101,43 @@ def _apply_backward(ctx, grad):
     )
 
 
+class _Eager(torch.autograd.Function):
+    """``apply`` without the registration, for plain eager calls, where that costs more time than small kernels."""
+
+    @staticmethod
+    def forward(ctx, x, weight, base, order, lo, hi, route):
+        ctx.save_for_backward(x, weight, base)
+        ctx.rest = order, lo, hi, route
+        return dispatch.apply(x, weight, base, None, order, lo, hi, 0, route)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, base = ctx.saved_tensors
+        order, lo, hi, route = ctx.rest
+        need_x, need_weight, need_base = ctx.needs_input_grad[:3]
+        dot_d = 1 if need_x else NOT_NEEDED
+        scatter_d = 0 if need_weight or need_base else NOT_NEEDED
+        # With create_graph=True the backward pass is recorded as well: that takes the registered op.
+        run = adjoint_op if torch.is_grad_enabled() else dispatch.adjoint
+        for_x, for_weight, for_base = run(grad, x, weight, base, None, order, lo, hi, dot_d, scatter_d, route)
+        return (
+            for_x if need_x else None,
+            for_weight if need_weight else None,
+            for_base if need_base else None,
+            *[None] * 4,
+        )
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    """Whether this is an ordinary call: nothing traces it, no transform or mode is active, no tensor is special."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
+
+
 def _adjoint_setup(ctx, inputs, output):
     grad, x, weight, base, scale, *ctx.rest = inputs
     ctx.save_for_backward(grad, x, weight, base, scale)
@@ -222,6 +259,9 @@ def flash_kan(
             spline_weight = spline_weight.to(narrow)
         if base_weight is not None and base_weight.dtype == torch.float32:
             base_weight = base_weight.to(narrow)
-    flat = x.reshape(-1, features)
-    y = apply_op(flat, spline_weight, base_weight, None, spline_order, lo, hi, 0, route or "auto")
+    flat, route = x.reshape(-1, features), route or "auto"
+    if _plain(x, spline_weight, base_weight):
+        y = _Eager.apply(flat, spline_weight, base_weight, spline_order, lo, hi, route)
+    else:
+        y = apply_op(flat, spline_weight, base_weight, None, spline_order, lo, hi, 0, route)
     return y.reshape(*x.shape[:-1], outputs)

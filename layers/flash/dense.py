@@ -1,0 +1,99 @@
+"""The dense route: all ``G + k`` basis values and one matrix product, for small ``G`` and many outputs.
+
+A library's matrix product uses the chip so well that it wins there although it multiplies mostly zeros. Nothing of
+size ``B * I * R`` outlives a call: the basis is made again in the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layers.bsplines import dense_basis
+from layers.flash.reference import compute_dtype, silu
+
+
+def _basis(x: Tensor, weight: Tensor, scale: Tensor | None, order: int, lo: float, hi: float, d: int) -> Tensor:
+    """All basis values, times the scale, shape (B, I * R), in the dtype of the weights."""
+    size = weight.shape[1] - order
+    if not x.is_cuda:
+        basis = dense_basis(x.to(compute_dtype(x, weight)), size, order, (lo, hi), derivative=d)
+        if scale is not None:
+            basis = basis * scale.unsqueeze(-1)
+        return basis.flatten(1).to(weight.dtype)
+    from layers.flash import gpu, triton_kernels  # Triton exists where a GPU does
+
+    size, numbers, wide = gpu.common(x, weight, order, lo, hi)
+    basis = torch.empty(x.shape[0], x.shape[1] * weight.shape[1], dtype=weight.dtype, device=x.device)
+    constants = {"ORDER": order, "D": d, "CT": wide, "SCALED": scale is not None}
+    constants |= {"BN": 64, "BR": min(16, gpu.power_of_2(weight.shape[1]))}
+    scale = x if scale is None else scale.contiguous()
+    with gpu.on_device_of(x):
+        args = (x, scale, basis, x.numel(), size, *numbers)
+        gpu.launch(triton_kernels.basis_kernel, (gpu.ceil_div(x.numel(), 64), 1, 1), args, constants, 4, 0)
+    return basis
+
+
+def _act(x: Tensor, scale: Tensor | None, dtype: torch.dtype, d: int) -> Tensor:
+    act = torch.nn.functional.silu(x) if d == 0 and x.dtype == dtype else silu(x.to(dtype), d)
+    return act if scale is None else act * scale.to(dtype)
+
+
+def apply(
+    x: Tensor, weight: Tensor, base: Tensor | None, scale: Tensor | None, order: int, lo: float, hi: float, d: int
+) -> Tensor:
+    """``y`` (B, O); see ``layers/flash/reference.py``."""
+    x = x.contiguous()
+    y = _basis(x, weight, scale, order, lo, hi, d) @ weight.flatten(0, 1)
+    if base is not None:
+        y = torch.addmm(y, _act(x, scale, compute_dtype(x, weight), d).to(base.dtype), base)
+    return y.to(torch.promote_types(x.dtype, weight.dtype))
+
+
+def adjoint(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    base: Tensor | None,
+    scale: Tensor | None,
+    order: int,
+    lo: float,
+    hi: float,
+    dot_d: int,
+    scatter_d: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dot`` and ``scatter``; see ``layers/flash/reference.py``. An order of -1 leaves a result out (empty)."""
+    x, dtype = x.contiguous(), compute_dtype(x, weight)
+    grad = grad.to(weight.dtype).contiguous()
+    p, v, b = x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    if dot_d >= 0:
+        products = grad @ weight.flatten(0, 1).t()  # Shape: (B, I * R)
+        through_base = None if base is None else grad @ base.t()
+        p = _contract(x, products, through_base, weight, order, lo, hi, dot_d, dtype)
+        del products
+    if scatter_d >= 0:
+        v = (_basis(x, weight, scale, order, lo, hi, scatter_d).t() @ grad).view(weight.shape)
+        if base is not None:
+            b = _act(x, scale, dtype, scatter_d).to(base.dtype).t() @ grad
+    return p, v, b
+
+
+def _contract(x, products, through_base, weight, order, lo, hi, d, dtype) -> Tensor:
+    """The entries of ``products`` (B, I * R) inside each window, weighted by the basis and added up: (B, I)."""
+    size = weight.shape[1] - order
+    if not x.is_cuda:
+        basis = dense_basis(x.to(dtype), size, order, (lo, hi), derivative=d)
+        p = (basis * products.view(*x.shape, -1)).sum(-1)
+        if through_base is not None:
+            p = p + silu(x.to(dtype), d) * through_base
+        return p.to(x.dtype)
+    from layers.flash import gpu, triton_kernels
+
+    _, numbers, wide = gpu.common(x, weight, order, lo, hi)
+    p = torch.empty_like(x)
+    constants = {"ORDER": order, "D": d, "CT": wide, "BASE": through_base is not None, "BN": 256}
+    through_base = products if through_base is None else through_base
+    with gpu.on_device_of(x):
+        args = (x, products, through_base, p, x.numel(), size, *numbers)
+        gpu.launch(triton_kernels.contract_kernel, (gpu.ceil_div(x.numel(), 256), 1, 1), args, constants, 4, 0)
+    return p
