@@ -90,9 +90,11 @@ def locate(
         ``f``: the position inside the cell, in units of ``h``, float32 or better (:func:`working_dtype`), in [0, 1] up
         to a rounding of ``u``; NaN where ``x`` is NaN. Differentiable in ``x`` with slope ``1 / h``.
 
-    Rounding ``u`` can put a sample that lies next to a knot on the other side of it. That is harmless by construction:
-    ``f`` is taken from the same rounded ``u``, and neighbouring polynomial pieces agree there. Only the ends need care,
-    where the neighbouring piece belongs to a basis function that does not exist: the comparison with ``hi`` decides.
+    Rounding ``u`` can put a sample that lies next to a knot on the other side of it. For degree 1 and more that would be
+    harmless: ``f`` is taken from the same rounded ``u``, and neighbouring polynomial pieces agree there (the kernels
+    rely on it). Here the cell is compared with its knots all the same, for degree 0 and for derivatives of order ``k``,
+    which jump. At the ends, where the neighbouring piece belongs to no basis function, the comparison with ``hi``
+    decides.
     """
     if not x.is_floating_point():
         raise TypeError(f"x must have a floating dtype, got {x.dtype}")
@@ -101,6 +103,9 @@ def locate(
     u = (x - lo) * (grid_size / (hi - lo))
     with torch.no_grad():
         floor = torch.floor(u)
+        # Compared with the knots themselves, as knots() makes them: a sample on a knot belongs to its right.
+        right, here = (lo + (hi - lo) * ((floor.double() + n) / grid_size) for n in (1, 0))
+        floor = floor + (x >= right.to(x.dtype)).to(x.dtype) - (x < here.to(x.dtype)).to(x.dtype)
         floor = torch.where(x <= hi, floor.clamp(max=grid_size - 1), floor.clamp(min=grid_size))
         floor = floor.clamp(-spline_order - 1, grid_size + spline_order)
         floor = torch.where(torch.isnan(x), torch.zeros_like(floor), floor)
@@ -195,7 +200,7 @@ def dense_basis(
         not zero; between the ends the values of a row sum to 1. Differentiable by autograd.
 
     This is what layers compute that do not use local support (de Boor 1978, IX.(14); KAN, equation 2.10). It costs
-    ``k`` passes over a tensor of ``G + 2k`` numbers for each input, and shares no code with :func:`local_basis`.
+    ``k`` passes over a tensor of ``G + 2k`` numbers for each input. With :func:`local_basis` it shares :func:`locate`.
     """
     if derivative < 0:
         raise ValueError(f"derivative must be at least 0, got {derivative}")

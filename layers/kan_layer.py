@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.bsplines import check_grid, local_basis, window_rows
+from layers.smoothness import smoothness
 
 # Of the unit variance at the start the splines carry this share and the base branch the rest. A spline answers inputs
 # that left the grid with less, SiLU with more; at 0.9 the two errors cancel when layers are stacked.
@@ -125,6 +126,14 @@ class KANLayer(nn.Module):
             raise TypeError(f"x must have a floating dtype, got {x.dtype}; convert it with x.float()")
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must have shape (*, {self.in_features}), got {tuple(x.shape)}")
+
+    def smoothness(self, order: int = 2) -> Tensor:
+        """How rough the splines are: the mean over all curves of the mean squared derivative of ``order`` (default 2).
+
+        Add ``lam * layer.smoothness()`` to a loss to train smooth curves (P-splines). The whole grid counts as one unit
+        of length, and one ``lam`` means the same at every ``G``. See :func:`layers.smoothness.smoothness`.
+        """
+        return smoothness(self.spline_weight, self.grid_size, order)
 
     def extra_repr(self) -> str:
         lo, hi = self.grid_range

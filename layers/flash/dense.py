@@ -83,7 +83,7 @@ def _contract(x, products, through_base, weight, order, lo, hi, d, dtype) -> Ten
     size = weight.shape[1] - order
     if not x.is_cuda:
         basis = dense_basis(x.to(dtype), size, order, (lo, hi), derivative=d)
-        p = (basis * products.view(*x.shape, -1)).sum(-1)
+        p = (basis * products.view(*x.shape, weight.shape[1])).sum(-1)
         if through_base is not None:
             p = p + silu(x.to(dtype), d) * through_base
         return p.to(x.dtype)

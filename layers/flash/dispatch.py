@@ -68,12 +68,24 @@ def kernels(x: Tensor, weight: Tensor, order: int, d: int, route: str):
     return dense if route == "dense" else gpu
 
 
+def _autocast(x: Tensor) -> bool:
+    """Whether autocast would narrow the sums inside; the weights have been narrowed before."""
+    return torch.is_autocast_enabled(x.device.type)
+
+
 def apply(x, weight, base, scale, order, lo, hi, d, route) -> Tensor:
     """``y`` (B, O); see ``layers/flash/reference.py``."""
-    return kernels(x, weight, order, d, route).apply(x, weight, base, scale, order, lo, hi, d)
+    run = kernels(x, weight, order, d, route).apply
+    if not _autocast(x):
+        return run(x, weight, base, scale, order, lo, hi, d)
+    with torch.autocast(x.device.type, enabled=False):
+        return run(x, weight, base, scale, order, lo, hi, d)
 
 
 def adjoint(grad, x, weight, base, scale, order, lo, hi, dot_d, scatter_d, route) -> tuple[Tensor, Tensor, Tensor]:
     """``dot``, ``scatter`` and its base part; an order of -1 leaves a result out (empty)."""
     module = kernels(x, weight, order, max(dot_d, scatter_d), route)
-    return module.adjoint(grad, x, weight, base, scale, order, lo, hi, dot_d, scatter_d)
+    if not _autocast(x):
+        return module.adjoint(grad, x, weight, base, scale, order, lo, hi, dot_d, scatter_d)
+    with torch.autocast(x.device.type, enabled=False):
+        return module.adjoint(grad, x, weight, base, scale, order, lo, hi, dot_d, scatter_d)

@@ -1,9 +1,12 @@
-"""Registers the operator with PyTorch: two custom ops, each the other's derivative, and the function people call.
+"""The operator as PyTorch sees it: two functions, each the other's derivative, and the one that people call.
 
 ``apply`` is the layer. ``adjoint`` is everything that its backward pass needs: ``dot`` and ``scatter`` of
-``layers/flash/reference.py`` in one pass over the inputs. The gradient of either is written with the two ops again, so
-double backward and beyond cost no more memory than the first. Both are opaque to ``torch.compile`` and
-``torch.export``, which see the shapes given here.
+``layers/flash/reference.py`` in one pass over the inputs. The gradient of either is written with the two again, so
+double backward and beyond cost no more memory than the first.
+
+Both exist twice: as ops in ``torch.library``, opaque to ``torch.compile`` and ``torch.export``, which see the shapes
+given here; and as ``autograd.Function``, for eager calls, where the way through the op costs more than small kernels
+take, and for ``torch.func``, which the op's own autograd does not support.
 """
 
 from __future__ import annotations
@@ -59,9 +62,9 @@ def _(x, weight, base, scale, order, lo, hi, d, route):
 def _(grad, x, weight, base, scale, order, lo, hi, dot_d, scatter_d, route):
     none = x.new_empty(0)
     return (
-        none if dot_d == NOT_NEEDED else torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(0) if scatter_d == NOT_NEEDED else torch.empty_like(weight, memory_format=torch.contiguous_format),
-        x.new_empty(0) if scatter_d == NOT_NEEDED or base is None else torch.empty_like(base),
+        none if dot_d == NOT_NEEDED else x.new_empty(x.shape),
+        x.new_empty(0) if scatter_d == NOT_NEEDED else weight.new_empty(weight.shape),
+        x.new_empty(0) if scatter_d == NOT_NEEDED or base is None else base.new_empty(base.shape),
     )
 
 
@@ -70,72 +73,20 @@ def _apply_setup(ctx, inputs, output):
     ctx.save_for_backward(x, weight, base, scale)
 
 
-def _apply_backward(ctx, grad):
+def _apply_backward(ctx, grad, adjoint):
     x, weight, base, scale = ctx.saved_tensors
     order, lo, hi, d, route = ctx.rest
     need_x, need_weight, need_base, need_scale = ctx.needs_input_grad[:4]
-    slope, for_weight, for_base = adjoint_op(
-        grad,
-        x,
-        weight,
-        base,
-        scale,
-        order,
-        lo,
-        hi,
-        d + 1 if need_x else NOT_NEEDED,
-        d if need_weight or need_base else NOT_NEEDED,
-        route,
-    )
+    dot_d = d + 1 if need_x else NOT_NEEDED
+    scatter_d = d if need_weight or need_base else NOT_NEEDED
+    slope, for_weight, for_base = adjoint(grad, x, weight, base, scale, order, lo, hi, dot_d, scatter_d, route)
     for_x = for_scale = None
     if need_x:
         for_x = slope if scale is None else slope * scale
     if need_scale:
-        for_scale = adjoint_op(grad, x, weight, base, None, order, lo, hi, d, NOT_NEEDED, route)[0]
-    return (
-        for_x,
-        for_weight if need_weight else None,
-        for_base if need_base else None,
-        for_scale,
-        *[None] * len(ctx.rest),
-    )
-
-
-class _Eager(torch.autograd.Function):
-    """``apply`` without the registration, for plain eager calls, where that costs more time than small kernels."""
-
-    @staticmethod
-    def forward(ctx, x, weight, base, order, lo, hi, route):
-        ctx.save_for_backward(x, weight, base)
-        ctx.rest = order, lo, hi, route
-        return dispatch.apply(x, weight, base, None, order, lo, hi, 0, route)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, base = ctx.saved_tensors
-        order, lo, hi, route = ctx.rest
-        need_x, need_weight, need_base = ctx.needs_input_grad[:3]
-        dot_d = 1 if need_x else NOT_NEEDED
-        scatter_d = 0 if need_weight or need_base else NOT_NEEDED
-        # With create_graph=True the backward pass is recorded as well: that takes the registered op.
-        run = adjoint_op if torch.is_grad_enabled() else dispatch.adjoint
-        for_x, for_weight, for_base = run(grad, x, weight, base, None, order, lo, hi, dot_d, scatter_d, route)
-        return (
-            for_x if need_x else None,
-            for_weight if need_weight else None,
-            for_base if need_base else None,
-            *[None] * 4,
-        )
-
-
-def _plain(*tensors: Tensor | None) -> bool:
-    """Whether this is an ordinary call: nothing traces it, no transform or mode is active, no tensor is special."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
-    )
+        for_scale = adjoint(grad, x, weight, base, None, order, lo, hi, d, NOT_NEEDED, route)[0]
+    for_weight, for_base = for_weight if need_weight else None, for_base if need_base else None
+    return for_x, for_weight, for_base, for_scale, *[None] * 5
 
 
 def _adjoint_setup(ctx, inputs, output):
@@ -143,7 +94,7 @@ def _adjoint_setup(ctx, inputs, output):
     ctx.save_for_backward(grad, x, weight, base, scale)
 
 
-def _adjoint_backward(ctx, for_dot, for_scatter, for_base):
+def _adjoint_backward(ctx, for_dot, for_scatter, for_base, apply, adjoint):
     grad, x, weight, base, scale = ctx.saved_tensors
     order, lo, hi, dot_d, scatter_d, route = ctx.rest
     need_grad, need_x, need_weight, need_base, need_scale = ctx.needs_input_grad[:5]
@@ -153,58 +104,94 @@ def _adjoint_backward(ctx, for_dot, for_scatter, for_base):
         out[n] = part if out[n] is None else out[n] + part
 
     def dot(d: int, weight: Tensor, base: Tensor | None) -> Tensor:
-        return adjoint_op(grad, x, weight, base, None, order, lo, hi, d, NOT_NEEDED, route)[0]
+        return adjoint(grad, x, weight, base, None, order, lo, hi, d, NOT_NEEDED, route)[0]
 
     if dot_d != NOT_NEEDED:
         if need_grad:
-            add(0, apply_op(x, weight, base, for_dot, order, lo, hi, dot_d, route))
+            add(0, apply(x, weight, base, for_dot, order, lo, hi, dot_d, route))
         if need_x:
             add(1, for_dot * dot(dot_d + 1, weight, base))
         if need_weight or need_base:
-            _, v, b = adjoint_op(grad, x, weight, base, for_dot, order, lo, hi, NOT_NEEDED, dot_d, route)
+            _, v, b = adjoint(grad, x, weight, base, for_dot, order, lo, hi, NOT_NEEDED, dot_d, route)
             out[2], out[3] = (v if need_weight else None), (b if need_base else None)
     if scatter_d != NOT_NEEDED:
         other = for_base if base is not None else None
         if need_grad:
-            add(0, apply_op(x, for_scatter, other, scale, order, lo, hi, scatter_d, route))
+            add(0, apply(x, for_scatter, other, scale, order, lo, hi, scatter_d, route))
         if need_x:
             slope = dot(scatter_d + 1, for_scatter, other)
             add(1, slope if scale is None else slope * scale)
         if need_scale:
             add(4, dot(scatter_d, for_scatter, other))
     out[0] = None if out[0] is None else out[0].to(grad.dtype)
-    return (*out, *[None] * len(ctx.rest))
+    return *out, *[None] * 6
 
 
-apply_op.register_autograd(_apply_backward, setup_context=_apply_setup)
-adjoint_op.register_autograd(_adjoint_backward, setup_context=_adjoint_setup)
+def _one_at_a_time(op, batch_size: int, in_dims: tuple, args: tuple):
+    """A vmap rule that is always right: run ``op`` for every entry and stack."""
+    results = []
+    for n in range(batch_size):
+        picked = [a if dim is None else a.select(dim, n) for a, dim in zip(args, in_dims, strict=True)]
+        results.append(op(*picked))
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
 
 
-def _one_at_a_time(op):
-    """A vmap rule that is always right: run the op for every entry and stack."""
-
-    def rule(info, in_dims, *args):
-        results = []
-        for n in range(info.batch_size):
-            picked = [a if dim is None else a.select(dim, n) for a, dim in zip(args, in_dims, strict=True)]
-            results.append(op(*picked))
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
-
-    return rule
+def _apply_rule(op, info, in_dims, args):
+    x, weight, base, scale, *rest = args
+    if in_dims[0] is None or any(dim is not None for dim in in_dims[1:4]) or scale is not None:
+        return _one_at_a_time(op, info.batch_size, in_dims, args)
+    x = x.movedim(in_dims[0], 0)  # shared weights: the extra dimension is a larger batch
+    return op(x.flatten(0, 1), weight, base, None, *rest).unflatten(0, x.shape[:2]), 0
 
 
-def _apply_vmap(info, in_dims, x, weight, base, scale, *rest):
-    x_dim, weight_dim, base_dim, scale_dim = in_dims[:4]
-    if x_dim is None or weight_dim is not None or base_dim is not None or scale_dim is not None or scale is not None:
-        return _one_at_a_time(apply_op)(info, in_dims, x, weight, base, scale, *rest)
-    x = x.movedim(x_dim, 0)  # shared weights: the extra dimension is a larger batch
-    return apply_op(x.flatten(0, 1), weight, base, None, *rest).unflatten(0, x.shape[:2]), 0
+apply_op.register_autograd(lambda ctx, grad: _apply_backward(ctx, grad, adjoint_op), setup_context=_apply_setup)
+adjoint_op.register_autograd(
+    lambda ctx, *grads: _adjoint_backward(ctx, *grads, apply_op, adjoint_op), setup_context=_adjoint_setup
+)
+apply_op.register_vmap(lambda info, in_dims, *args: _apply_rule(apply_op, info, in_dims, args))
+adjoint_op.register_vmap(lambda info, in_dims, *args: _one_at_a_time(adjoint_op, info.batch_size, in_dims, args))
 
 
-apply_op.register_vmap(_apply_vmap)
-adjoint_op.register_vmap(_one_at_a_time(adjoint_op))
+class Apply(torch.autograd.Function):
+    """``apply`` outside of compilation."""
+
+    forward = staticmethod(dispatch.apply)
+    setup_context = staticmethod(_apply_setup)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _apply_backward(ctx, grad, Adjoint.apply if torch.is_grad_enabled() else dispatch.adjoint)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _apply_rule(Apply.apply, info, in_dims, args)
+
+
+class Adjoint(torch.autograd.Function):
+    """``adjoint`` outside of compilation."""
+
+    forward = staticmethod(dispatch.adjoint)
+    setup_context = staticmethod(_adjoint_setup)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _adjoint_backward(ctx, *grads, Apply.apply, Adjoint.apply)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _one_at_a_time(Adjoint.apply, info.batch_size, in_dims, args)
+
+
+def _traced(*tensors: Tensor | None) -> bool:
+    """Whether something records this call: a compiler, an export or a mode that works with tensors without data."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or tensors[0].is_meta
+        or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
 
 
 def flash_kan(
@@ -237,8 +224,10 @@ def flash_kan(
     PyTorch with an error. Raises ``TypeError`` or ``ValueError`` naming the argument.
     Source: KAN, arXiv 2404.19756, equation 2.10.
     """
-    if not (x.is_floating_point() and spline_weight.is_floating_point()):
-        raise TypeError(f"x and spline_weight must have floating dtypes, got {x.dtype} and {spline_weight.dtype}")
+    for name, tensor in (("x", x), ("spline_weight", spline_weight), ("base_weight", base_weight)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
+    check_grid(1, spline_order, grid_range)
     if spline_weight.ndim != 3 or spline_weight.shape[1] <= spline_order:
         raise ValueError(
             f"spline_weight must have shape (I, G + k, O) with G >= 1 and k = {spline_order}, "
@@ -253,15 +242,13 @@ def flash_kan(
         raise ValueError(f"route must be one of {dispatch.ROUTES}, got {route!r}")
     lo, hi = check_grid(rows - spline_order, spline_order, grid_range)
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         narrow = torch.get_autocast_dtype(kind)
         if spline_weight.dtype == torch.float32:
             spline_weight = spline_weight.to(narrow)
         if base_weight is not None and base_weight.dtype == torch.float32:
             base_weight = base_weight.to(narrow)
     flat, route = x.reshape(-1, features), route or "auto"
-    if _plain(x, spline_weight, base_weight):
-        y = _Eager.apply(flat, spline_weight, base_weight, spline_order, lo, hi, route)
-    else:
-        y = apply_op(flat, spline_weight, base_weight, None, spline_order, lo, hi, 0, route)
+    run = apply_op if _traced(x, spline_weight, base_weight) else Apply.apply
+    y = run(flat, spline_weight, base_weight, None, spline_order, lo, hi, 0, route)
     return y.reshape(*x.shape[:-1], outputs)
