@@ -102,9 +102,9 @@ class KANLayer(nn.Module):
         lo, hi = self.grid_range
         coarse = min(self.grid_size, FIRST_INTERVALS) + self.spline_order
         # Shape (R, coarse): row r holds the weights with which the coarse coefficients are averaged.
-        at = torch.linspace(0, coarse - 1, self.rows, dtype=torch.float64).unsqueeze(-1)
-        spread = (1 - (at - torch.arange(coarse)).abs()).clamp(min=0)
-        x = lo + (hi - lo) * (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+        at = torch.linspace(0, coarse - 1, self.rows, dtype=torch.float64, device="cpu").unsqueeze(-1)
+        spread = (1 - (at - torch.arange(coarse, device="cpu")).abs()).clamp(min=0)
+        x = lo + (hi - lo) * (torch.arange(1000, dtype=torch.float64, device="cpu") + 0.5) / 1000
         cell, values = local_basis(x, self.grid_size, self.spline_order, self.grid_range)
         rows, exists = window_rows(cell, self.grid_size, self.spline_order)
         curves = ((values * exists).unsqueeze(-1) * spread[rows]).sum(1)  # Shape: (1000, coarse)
