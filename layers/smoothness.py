@@ -61,8 +61,8 @@ def _differences(part: Tensor, order: int) -> Tensor:
 
 def _transposed(d: Tensor, into: Tensor) -> Tensor:
     """The transpose of one difference: (I, n, O) is written to ``into`` (I, n + 1, O)."""
-    torch.neg(d[:, :1], out=into[:, :1])
-    torch.sub(d[:, :-1], d[:, 1:], out=into[:, 1:-1])
+    into[:, :1] = -d[:, :1]
+    into[:, 1:-1] = d[:, :-1] - d[:, 1:]
     into[:, -1:] = d[:, -1:]
     return into
 

@@ -8,6 +8,7 @@ Here every run is witnessed instead. pytest reads this file when tests/ is on it
 import functools
 import os
 from pathlib import Path
+from unittest import mock
 
 import nbclient
 import nbmake.nb_run
@@ -50,7 +51,10 @@ def witness(run):
 
     @functools.wraps(run)
     def execute(self):
-        before, result = read(self.filename), run(self)
+        before = read(self.filename)
+        # The kernel inherits this; pytest's -W and filterwarnings do not reach it.
+        with mock.patch.dict(os.environ, PYTHONWARNINGS=WARNINGS):
+            result = run(self)
         problem = None if result.error else unseen(before, result.nb)
         if problem:
             result.error = NotebookError(
@@ -65,7 +69,6 @@ def witness(run):
 
 def pytest_configure(config):
     if config.option.nbmake:
-        os.environ["PYTHONWARNINGS"] = WARNINGS  # kernels inherit it; -W and filterwarnings do not reach them
         nbmake.nb_run.NotebookClient = Witness
         nbmake.nb_run.NotebookRun.execute = witness(nbmake.nb_run.NotebookRun.execute)
 

@@ -134,8 +134,8 @@ def neighbours_of_knots(grid_size, grid_range):
     return x[(x >= lo) & (x <= hi)]
 
 
-def test_partition_of_unity_at_every_grid_up_to_2000():
-    for grid_size in range(1, 2001):
+def test_partition_of_unity_up_to_a_grid_of_2000():
+    for grid_size in (*range(1, 300), *range(300, 2001, 10), 511, 1001, 1024, 1999):
         x = neighbours_of_knots(grid_size, (-1, 1))
         cell, values = local_basis(x, grid_size, 3)
         assert values.dtype == torch.float32

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from layers import FlashKAN, KANLinear, Regular_KAN
+from layers.bsplines import knots
 from layers.kan_layer import KANLayer
 from tests.reference64 import Layer64
 
@@ -81,6 +82,17 @@ def test_equal_second_gradients():
     for other in found[1:]:
         for got, needed in zip(other, found[0], strict=True):
             assert needed.abs().max() > 0.1 and (got - needed).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("size", (5, 50, 500))
+@pytest.mark.parametrize("order", (2, 3))
+def test_equal_on_every_knot(size, order):
+    """Where layers may disagree about the interval, they must agree about everything that is continuous there."""
+    _, dense, flash = three(1, 3, size, order)
+    x = knots(size, order).unsqueeze(-1).requires_grad_()
+    assert (flash(x) - dense(x)).abs().max() <= 1e-10
+    needed, got = (torch.autograd.grad(layer(x).sum(), x)[0] for layer in (dense, flash))
+    assert (got - needed).abs().max() <= 1e-10
 
 
 @pytest.mark.parametrize("base_activation", (None, nn.GELU, nn.SiLU(), torch.tanh, gelu_tanh, lambda x: x))
@@ -253,6 +265,9 @@ def test_casts_leave_the_grid_alone(kind, cast):
     weights = [p.detach().double() for p in layer.parameters()]
     needed = torch.from_numpy(Layer64(x, *weights, 3, (0, 3)).value())
     assert (layer(x).double() - needed).abs().max() <= 8 * torch.finfo(dtype).eps
+    narrow = layer(x.to(dtype))  # the inputs are rounded, and from there on nothing else is
+    needed = torch.from_numpy(Layer64(x.to(dtype).double(), *weights, 3, (0, 3)).value())
+    assert narrow.dtype == dtype and (narrow.double() - needed).abs().max() <= 16 * torch.finfo(dtype).eps
     assert torch.equal(layer.state_dict()["_extra_state"], torch.tensor([0, 3, 3], dtype=torch.float64))
 
 

@@ -1,0 +1,316 @@
+"""Measures the layers over grid sizes, one row a line: ``python -m layers.flash.benchmark --out data/timings/NAME.csv``.
+
+Every row is gated: before a layer is timed, its output and its gradients at this very shape are compared with float64
+(``layers/flash/reference.py``) on the first 16 samples. Rows are written as they come, the most important first, so a
+run that is stopped keeps what it measured. Times are medians in microseconds with their 20 and 80 % marks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import csv
+import datetime
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from layers import FlashKAN, KANLinear, Regular_KAN
+from layers.flash import flash_kan, reference
+from layers.kan_layer import KANLayer
+from layers.tutorial import timing
+
+FIELDS = (
+    *("device", "torch", "triton", "date", "layer", "B", "I", "O", "G", "k", "dtype", "tf32", "pass", "mode"),
+    *("median_us", "p20_us", "p80_us", "peak_mib", "checked"),
+)
+GRIDS = (5, 10, 20, 50, 100, 200, 500, 1000)
+CPU_GRIDS = (5, 10, 100, 500)
+SHAPES = {
+    "784-10": (200, 784, 10),
+    "512-512": (1024, 512, 512),
+    "784-64": (1024, 784, 64),
+    "1024-1024": (4096, 1024, 1024),
+    "8-4": (64, 8, 4),
+}
+PASSES = ("forward", "forward+backward", "+Adam")
+BASIS_BYTES = 8 * 2**30  # above which the basis (B, I, R) of the dense layer is not tried; autograd keeps several
+BASES_KEPT = 10  # how many tensors of that size the dense layer holds at its peak, roughly
+CHECKED = 16  # samples in the comparison with float64
+
+
+@dataclass(frozen=True)
+class Job:
+    """One layer at one shape: its name in the file, the key of its shape, G, the weights' format, TF32 allowed."""
+
+    layer: str
+    shape: str
+    size: int
+    dtype: torch.dtype = torch.float32
+    tf32: bool = False
+
+    def __str__(self) -> str:
+        kind = "bfloat16" if self.dtype == torch.bfloat16 else "TF32" if self.tf32 else "float32"
+        return f"{self.layer:18} {self.shape:9} G={self.size:<4} {kind:8}"
+
+
+def jobs(device: str, quick: bool = False) -> Iterator[Job]:
+    """What is measured on "cpu" or "cuda", the most important first. ``quick`` leaves out the wide shapes."""
+    main = ("FlashKAN", "KANLinear")
+    if device == "cpu":
+        yield Job("nn.Linear", "784-10", 5)
+        for name in (*main, "MLP"):
+            yield from (Job(name, "784-10", G) for G in CPU_GRIDS)
+        yield from (Job(name, "8-4", 5) for name in (*main, "Regular_KAN"))
+        return
+    some = (5, 20, 100, 500)
+    for shape in ("784-10", "512-512"):
+        yield Job("nn.Linear", shape, 5)
+        for name in main:
+            yield from (Job(name, shape, G) for G in GRIDS)
+    for G in (5, 20, 50, 100):
+        yield from (Job(f"FlashKAN {route}", "512-512", G) for route in ("local", "dense"))
+    for dtype, tf32 in ((torch.float32, True), (torch.bfloat16, False)):
+        yield Job("nn.Linear", "512-512", 5, dtype, tf32)
+        yield from (Job("FlashKAN", "512-512", G, dtype, tf32) for G in (*some, 1000))
+        yield from (Job("KANLinear", "512-512", G, dtype, tf32) for G in some)
+    yield from (Job("KANLinear compiled", "784-10", G) for G in some)
+    yield from (Job("KANLinear compiled", "512-512", G) for G in some)
+    yield from (Job("MLP", "784-10", G) for G in GRIDS)
+    yield from (Job("MLP", "512-512", G) for G in (5, 20, 100))
+    yield from (Job(name, "8-4", 5) for name in (*main, "Regular_KAN"))
+    if quick:
+        return
+    for shape, grids in (("784-64", GRIDS), ("1024-1024", some)):
+        yield Job("nn.Linear", shape, 5)
+        for name in main:
+            yield from (Job(name, shape, G) for G in grids)
+
+
+class Routed(FlashKAN):
+    """FlashKAN that is told its route: "local" or "dense"."""
+
+    route = "local"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return flash_kan(x, self.spline_weight, self.base_weight, self.spline_order, self.grid_range, route=self.route)
+
+
+def hidden_units(features: int, outputs: int, size: int, order: int = 3) -> int:
+    """Hidden units that give an MLP of one hidden layer about as many weights as a KAN layer of this shape."""
+    return max(1, round(features * outputs * (size + order + 1) / (features + outputs)))
+
+
+def build(name: str, features: int, outputs: int, size: int, device: str = "cpu") -> nn.Module:
+    """A layer by its name in the file, with float32 weights on ``device``; ``size`` is G."""
+    if name == "nn.Linear":
+        return nn.Linear(features, outputs, device=device)
+    if name == "MLP":
+        hidden = hidden_units(features, outputs, size)
+        parts = nn.Linear(features, hidden, device=device), nn.SiLU(), nn.Linear(hidden, outputs, device=device)
+        return nn.Sequential(*parts)
+    kinds = {"FlashKAN": FlashKAN, "KANLinear": KANLinear, "Regular_KAN": Regular_KAN}
+    name, _, how = name.partition(" ")
+    kind = Routed if how in ("local", "dense") else kinds[name]
+    layer = kind(features, outputs, size, device=device)
+    if kind is Routed:
+        layer.route = how
+    # Each size by itself: a program for any size would be slower.
+    return torch.compile(layer, dynamic=False) if how == "compiled" else layer
+
+
+def reason_to_skip(job: Job, device: str) -> str:
+    """Why a job does not fit this device, or an empty string."""
+    samples, features, outputs = SHAPES[job.shape]
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else 2**33
+    rows = job.size + 3
+    # Weights, gradient, two moments of Adam; and while checking, weights and gradient in float64 with their parts.
+    weights = 4 * features * outputs * rows * 12
+    basis = 4 * samples * features * rows
+    dense = job.layer.startswith("KANLinear") or job.layer.endswith("dense")
+    if dense and (basis > BASIS_BYTES or BASES_KEPT * basis + weights > free):
+        return f"its basis takes {basis / 2**30:.1f} GiB, several times over"
+    if weights > free:
+        return f"it needs about {weights / 2**30:.0f} GiB"
+    return ""
+
+
+def tolerance(size: int, dtype: torch.dtype, tf32: bool) -> float:
+    """The relative error (of the norm) that rounding explains: that of ``u = (x - lo) / h`` grows with G."""
+    if dtype == torch.bfloat16:
+        return 8 * 2.0**-8
+    return 1e-5 + (8 * 2.0**-11 if tf32 else 4 * 2.0**-24 * size)
+
+
+def check(layer: nn.Module, x: Tensor, allowed: float) -> float:
+    """The largest relative error of output and gradients against float64; raises ``AssertionError`` above ``allowed``.
+
+    All of ``x`` goes through the layer, so that the kernels of this shape run; the gradient that comes back is zero
+    but for the first samples, so that the reference needs only these.
+    """
+    plain = getattr(layer, "_orig_mod", layer)  # torch.compile wraps
+    names = ["x", *(name for name, _ in plain.named_parameters())]
+    y = layer(x)
+    grad = torch.zeros_like(y)
+    grad[:CHECKED] = torch.randn(y[:CHECKED].shape, device=y.device).to(y.dtype)
+    slopes = torch.autograd.grad(y, (x, *plain.parameters()), grad)
+    if slopes[0][CHECKED:].any():
+        raise AssertionError("the gradient of x: samples that were not asked for have one")
+    got = dict(zip(["y", *names], (y[:CHECKED], slopes[0][:CHECKED], *slopes[1:]), strict=True))
+    few, grad = x[:CHECKED].detach().double(), grad[:CHECKED].double()
+    if isinstance(plain, KANLayer):
+        weight, base = plain.spline_weight.detach().double(), plain.base_weight.detach().double()
+        grid = (plain.spline_order, *plain.grid_range)
+        exact = [reference.apply(few, weight, base, None, *grid, 0)]
+        exact += reference.adjoint(grad, few, weight, base, None, *grid, 1, 0)
+    else:
+        model, few = copy.deepcopy(plain).double(), few.requires_grad_()
+        exact = [model(few)]
+        exact += torch.autograd.grad(exact[0], (few, *model.parameters()), grad)
+    worst = 0.0
+    for (name, value), wanted in zip(got.items(), exact, strict=True):
+        error = ((value.double() - wanted).norm() / wanted.norm()).item()
+        if not error <= allowed:  # a NaN fails too
+            raise AssertionError(f"{name} is off by {error:.1e} (relative norm), at most {allowed:.1e} is allowed")
+        worst = max(worst, error)
+    return worst
+
+
+def calls(layer: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
+    """The three passes as calls without arguments: ``x`` (B, I) requires a gradient, as inside a network.
+
+    ``+Adam`` moves the weights: measure it last.
+    """
+    weights = list(layer.parameters())
+    with torch.no_grad():
+        y = layer(x)
+    grad = torch.randn_like(y)
+    adam = torch.optim.Adam(weights, lr=1e-3, fused=True, capturable=x.is_cuda)
+
+    def forward():
+        with torch.no_grad():
+            return layer(x)
+
+    def both():
+        return torch.autograd.grad(layer(x), (x, *weights), grad)
+
+    def step():
+        for weight, slope in zip(weights, both()[1:], strict=True):
+            weight.grad = slope
+        adam.step()
+
+    return dict(zip(PASSES, (forward, both, step), strict=True))
+
+
+def measure(
+    layer: nn.Module, x: Tensor, passes: tuple[str, ...] = PASSES
+) -> Iterator[tuple[str, str, timing.Times, float | None]]:
+    """Yields pass, mode ("graph", "eager"), times, and the peak memory in MiB (GPU; with what the pass returns)."""
+    for name, call in calls(layer, x).items():
+        if name not in passes:
+            continue
+        if not x.is_cuda:
+            yield name, "eager", timing.eager(call, "cpu", repeats=15, budget=1.0), None
+            continue
+        peak = None if name == "+Adam" else timing.peak_mib(call)
+        yield name, "eager", timing.eager(call, "cuda"), peak
+        yield name, "graph", timing.replayed(call), peak
+
+
+@contextlib.contextmanager
+def number_format(job: Job, device: str):
+    """TF32 allowed or not, autocast for bfloat16; without its cache, which a CUDA graph must not meet."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = job.tf32
+    narrow = job.dtype == torch.bfloat16
+    try:
+        with torch.autocast(device, torch.bfloat16, enabled=narrow, cache_enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def rows(job: Job, device: str) -> Iterator[dict]:
+    """Checks one job and yields its rows, without what is the same in all of them."""
+    samples, features, outputs = SHAPES[job.shape]
+    with number_format(job, device):
+        torch.manual_seed(0)
+        layer = build(job.layer, features, outputs, job.size, device).to(job.dtype)
+        x = (torch.rand(samples, features, device=device) * 2 - 1).requires_grad_()
+        check(layer, x, tolerance(job.size, job.dtype, job.tf32))
+        # Without gradients a compiled layer would be compiled once more.
+        passes = PASSES[1:] if job.layer.endswith("compiled") else PASSES
+        for name, mode, times, peak in measure(layer, x, passes):
+            marks = {"median_us": times.median, "p20_us": times.low, "p80_us": times.high, "peak_mib": peak}
+            yield {
+                **{"layer": job.layer, "B": samples, "I": features, "O": outputs, "G": job.size, "k": 3},
+                **{"dtype": str(job.dtype)[6:], "tf32": job.tf32, "pass": name, "mode": mode, "checked": True},
+                **{key: "" if value is None else f"{value:.2f}" for key, value in marks.items()},
+            }
+
+
+def device_name(device: str) -> str:
+    """The name in the file: that of the GPU, or the CPU's number of threads."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def run(out: Path, device: str, quick: bool = False, minutes: float = 30) -> None:
+    """Measures into the file ``out`` (replaced) until all is done or ``minutes`` are over; prints its progress."""
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = ""
+    same = {"device": device_name(device), "torch": torch.__version__, "triton": triton}
+    same["date"] = datetime.date.today().isoformat()
+    start, plan = time.monotonic(), list(jobs(device, quick))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        for number, job in enumerate(plan, 1):
+            seconds = time.monotonic() - start
+            head = f"[{number}/{len(plan)} {seconds:4.0f} s] {job}"
+            if seconds > 60 * minutes:
+                print(f"stopped after {minutes:g} minutes, before job {number} of {len(plan)}", flush=True)
+                return
+            if skip := reason_to_skip(job, device):
+                print(f"{head} left out: {skip}", flush=True)
+                continue
+            shown = []
+            try:
+                for row in rows(job, device):
+                    writer.writerow(same | row)
+                    file.flush()
+                    if row["pass"] == "forward+backward":
+                        shown.append(f"{row['mode']} {float(row['median_us']):,.0f}")
+                print(f"{head} forward+backward {', '.join(shown)} µs", flush=True)
+            except torch.OutOfMemoryError:
+                print(f"{head} left out: out of memory", flush=True)
+            except AssertionError as error:
+                # No row without its check; the others are still worth having.
+                print(f"{head} WRONG, not timed: {error}", flush=True)
+            torch._dynamo.reset()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    print(f"done in {time.monotonic() - start:.0f} s: {out}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="the CSV to write (replaced); default data/timings/DEVICE.csv")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--quick", action="store_true", help="leave out the two shapes 784-64 and 1024-1024")
+    parser.add_argument("--minutes", type=float, default=30, help="stop after this time, keeping the rows so far")
+    options = parser.parse_args()
+    name = "".join(c if c.isalnum() else "_" for c in device_name(options.device).lower()).replace("__", "_")
+    folder = Path(__file__).parents[2] / "data" / "timings"
+    run(options.out or folder / f"{name}.csv", options.device, options.quick, options.minutes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The stopwatches and the benchmark: marks in order, an epoch that trains, a gate that stops wrong layers, whole rows."""
+
+import csv
+
+import pytest
+import torch
+from torch import nn
+
+from layers import FlashKAN
+from layers.flash import benchmark
+from layers.tutorial import timing, timing_plots
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(0)
+    return (torch.rand(64, 8) * 2 - 1).requires_grad_()
+
+
+def test_marks_are_quantiles_in_microseconds():
+    times = timing.summary([n * 1e-6 for n in range(11)])
+    assert (times.low, times.median, times.high) == pytest.approx((2, 5, 8))
+    with pytest.raises(ValueError, match="seconds must hold at least one measurement"):
+        timing.summary([])
+
+
+def test_eager_warms_up_then_repeats():
+    calls = []
+    timing.eager(lambda: calls.append(0), "cpu", repeats=5, warm_up=2)
+    assert len(calls) == 7
+    with pytest.raises(ValueError, match="repeats must be an integer of at least 1, got 0"):
+        timing.eager(lambda: None, "cpu", repeats=0)
+
+
+def test_epoch_takes_every_drawing_once_and_trains():
+    torch.manual_seed(0)
+    model, images, labels = nn.Linear(6, 3), torch.randn(40, 6), torch.arange(40) % 3
+    epoch, seen = timing.Epoch(model, images, labels, batch=8), []
+    model.register_forward_pre_hook(lambda _, x: seen.append(x[0].clone()))
+    before = nn.functional.cross_entropy(model(images), labels)
+    seen.clear()
+    assert epoch.run(epochs=1) > 0
+    assert torch.equal(torch.cat(seen).sort(0).values, images.sort(0).values)
+    assert not torch.equal(torch.cat(seen), images), "the order is a new one"
+    epoch.run(epochs=20)
+    assert nn.functional.cross_entropy(model(images), labels) < before
+    with pytest.raises(ValueError, match="graph=True needs images on a CUDA device, got cpu"):
+        timing.Epoch(model, images, labels, batch=8, graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_replayed_epochs_are_the_epochs_step_by_step():
+    images, labels = torch.rand(400, 16, device="cuda") * 2 - 1, torch.arange(400, device="cuda") % 10
+    ends = []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        layer = FlashKAN(16, 10, 20, device="cuda")
+        timing.Epoch(layer, images, labels, batch=100, graph=graph).run(epochs=3)
+        ends.append(layer.spline_weight.detach())
+    # Twelve steps of 1e-3: a step too many or too few would be off by about 1e-3.
+    assert torch.allclose(*ends, atol=1e-4)
+
+
+def test_loader_epoch_trains_and_times_its_parts():
+    torch.manual_seed(0)
+    model, images = nn.Linear(784, 10), torch.randint(0, 256, (30, 28, 28), dtype=torch.uint8)
+    before = model.weight.detach().clone()
+    parts = timing.loader_epoch(model, images, torch.arange(30) % 10, steps=2, batch=10)
+    assert tuple(parts) == timing.PARTS and min(parts.values()) > 0
+    assert not torch.equal(model.weight, before)
+    with pytest.raises(ValueError, match="steps must be an integer from 1 to 3, got 4"):
+        timing.loader_epoch(model, images, torch.arange(30) % 10, steps=4, batch=10)
+
+
+def test_counts_of_the_local_layer_do_not_depend_on_the_grid():
+    few, many = (timing.counted("FlashKAN", (200, 784, 10), size) for size in (10, 1000))
+    assert few["forward"][1] == many["forward"][1] == 2 * 200 * 784 * 10 * 5
+    assert many["Adam"][0] == 28 * 784 * 10 * 1004
+    few, many = (timing.counted("KANLinear", (200, 784, 10), size) for size in (6, 96))
+    assert many["forward"][1] == 10 * few["forward"][1]
+
+
+@pytest.mark.parametrize("name", ("nn.Linear", "MLP", "FlashKAN", "FlashKAN local", "FlashKAN dense", "KANLinear"))
+def test_the_gate_lets_right_layers_pass(name, inputs):
+    layer = benchmark.build(name, 8, 4, 20)
+    assert benchmark.check(layer, inputs, benchmark.tolerance(20, torch.float32, False)) < 1e-5
+
+
+class Wrong(FlashKAN):
+    """The right values with a gradient a hundredth too large."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y * 1.01 - y.detach() * 0.01
+
+
+def test_the_gate_stops_a_wrong_gradient(inputs):
+    with pytest.raises(AssertionError, match="x is off by 1"):
+        benchmark.check(Wrong(8, 4, 20), inputs, benchmark.tolerance(20, torch.float32, False))
+
+
+def test_an_mlp_has_about_as_many_weights():
+    for shape, size in (((784, 10), 5), ((784, 10), 500), ((512, 512), 100)):
+        mlp, kan = (benchmark.build(name, *shape, size) for name in ("MLP", "FlashKAN"))
+        count, wanted = (sum(p.numel() for p in model.parameters()) for model in (mlp, kan))
+        assert abs(count / wanted - 1) < 0.02
+
+
+def test_rows_are_whole_and_can_be_read_back(tmp_path, monkeypatch):
+    plan = [benchmark.Job("FlashKAN", "8-4", 5), benchmark.Job("KANLinear", "8-4", 20)]
+    monkeypatch.setattr(benchmark, "jobs", lambda device, quick: plan)
+    benchmark.run(tmp_path / "small.csv", "cpu")
+    with (tmp_path / "small.csv").open(newline="") as file:
+        assert tuple(next(csv.reader(file))) == benchmark.FIELDS
+    rows = timing_plots.read(tmp_path)
+    assert [(row["layer"], row["G"], row["pass"]) for row in rows] == [
+        (job.layer, job.size, name) for job in plan for name in benchmark.PASSES
+    ]
+    assert all(row["checked"] and 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"] for row in rows)
+    benchmark.run(tmp_path / "small.csv", "cpu", minutes=-1)
+    assert timing_plots.read(tmp_path) == []
+
+
+def test_a_wrong_layer_gets_no_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "jobs", lambda device, quick: [benchmark.Job("FlashKAN", "8-4", 5)])
+    monkeypatch.setattr(benchmark, "build", lambda *of: Wrong(8, 4, 5))
+    benchmark.run(tmp_path / "wrong.csv", "cpu")
+    assert timing_plots.read(tmp_path) == []
+
+
+def test_crossover_lies_where_the_lines_cross():
+    local, other = {10: 10.0, 100: 10.0, 1000: 10.0}, {10: 1.0, 100: 10 * 10**0.5, 1000: 1000.0}
+    # Between 10 and 100 the ratio falls from 10 to 10^-0.5: two thirds of the way.
+    assert timing_plots.crossover(local, other) == pytest.approx(10 * 10 ** (2 / 3))
+    assert timing_plots.crossover(other, local) is None
+    assert timing_plots.crossover({5: 1.0, 10: 1.0}, {5: 2.0, 10: 2.0}) == 5
