@@ -11,10 +11,12 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from layers.tutorial.plots import BLUE, GREEN, GREY, INK, PALE, PURPLE, VERMILION, WASH, _figure
+from layers.tutorial.plots import BLUE, GREEN, GREY, INK, PALE, PURPLE, VERMILION, WASH, _figure, style
 
+LAYERS_IN_README = ("FlashKAN", "KANLinear", "nn.Linear")
 TIMINGS = Path(__file__).parents[2] / "data" / "timings"
 LOOKS = {
     "FlashKAN": {"color": BLUE, "marker": "o", "lw": 2.4},
@@ -239,3 +241,18 @@ def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
         "  ".join(c.ljust(w) if n == 0 else c.rjust(w) for n, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in cells
     )
+
+
+def readme_picture() -> None:
+    """Draws ``data/timings/time_against_grid.png``: ``python -m layers.tutorial.timing_plots``."""
+    gpu = devices(read())[0][0]
+    wanted = {"device": gpu, "pass": "forward+backward", "mode": "graph", "dtype": "float32", "tf32": False}
+    shapes = [(200, 784, 10), (1024, 512, 512)]
+    rows = [row for shape in shapes for row in select(read(), shape, **wanted) if row["layer"] in LAYERS_IN_README]
+    style()
+    against_grid(rows, shapes, title=f"Forward + backward, {gpu}, float32, replayed as a CUDA graph")
+    plt.savefig(TIMINGS / "time_against_grid.png", dpi=130)
+
+
+if __name__ == "__main__":
+    readme_picture()
