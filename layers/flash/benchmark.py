@@ -1,8 +1,9 @@
 """Measures the layers over grid sizes, one row a line: ``python -m layers.flash.benchmark --out data/timings/NAME.csv``.
 
 Every row is gated: before a layer is timed, its output and its gradients at this very shape are compared with float64
-(``layers/flash/reference.py``) on the first 16 samples. Rows are written as they come, the most important first, so a
-run that is stopped keeps what it measured. Times are medians in microseconds with their 20 and 80 % marks.
+(``layers/flash/reference.py``) on the first 16 samples; ``error`` is the largest relative error found. Rows are written
+as they come, the most important first, so a run that is stopped keeps what it measured. Times are medians in
+microseconds with their 20 and 80 % marks.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from layers.tutorial import timing
 
 FIELDS = (
     *("device", "torch", "triton", "date", "layer", "B", "I", "O", "G", "k", "dtype", "tf32", "pass", "mode"),
-    *("median_us", "p20_us", "p80_us", "peak_mib", "checked"),
+    *("median_us", "p20_us", "p80_us", "peak_mib", "checked", "error"),
 )
 GRIDS = (5, 10, 20, 50, 100, 200, 500, 1000)
 CPU_GRIDS = (5, 10, 100, 500)
@@ -251,14 +252,21 @@ def rows(job: Job, device: str) -> Iterator[dict]:
         torch.manual_seed(0)
         layer = build(job.layer, features, outputs, job.size, device).to(job.dtype)
         x = (torch.rand(samples, features, device=device) * 2 - 1).requires_grad_()
-        check(layer, x, job.tf32)
+        error = check(layer, x, job.tf32)
         # Without gradients a compiled layer would be compiled once more.
         passes = PASSES[1:] if job.layer.endswith("compiled") else PASSES
         for name, mode, times, peak in measure(layer, x, passes):
             marks = {"median_us": times.median, "p20_us": times.low, "p80_us": times.high, "peak_mib": peak}
             yield {
                 **{"layer": job.layer, "B": samples, "I": features, "O": outputs, "G": job.size, "k": 3},
-                **{"dtype": str(job.dtype)[6:], "tf32": job.tf32, "pass": name, "mode": mode, "checked": True},
+                **{
+                    "dtype": str(job.dtype)[6:],
+                    "tf32": job.tf32,
+                    "pass": name,
+                    "mode": mode,
+                    "checked": True,
+                    "error": f"{error:.1e}",
+                },
                 **{key: "" if value is None else f"{value:.2f}" for key, value in marks.items()},
             }
 

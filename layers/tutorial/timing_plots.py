@@ -43,6 +43,7 @@ def read(folder: Path = TIMINGS) -> list[dict]:
 def _typed(row: dict) -> dict:
     whole, marks = ("B", "I", "O", "G", "k"), ("median_us", "p20_us", "p80_us", "peak_mib")
     row |= {key: int(row[key]) for key in whole} | {key: float(row[key]) if row[key] else None for key in marks}
+    row["error"] = float(row["error"]) if row.get("error") else None  # a file without errors shows no check
     return row | {key: row[key] == "True" for key in ("tf32", "checked")}
 
 
@@ -129,7 +130,7 @@ def against_grid(rows: Sequence[dict], shapes: Sequence[Shape], what: str = "med
     axes[0].figure.suptitle(title, x=0.01, ha="left", fontsize=11.5)
     handles = {text: line for ax in axes for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
     axes[0].figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9.5
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9.5
     )
 
 
@@ -165,7 +166,7 @@ def parts(bars: dict[str, dict[str, float]], unit: str, title: str) -> None:
         ax.barh(list(bars), widths, left=list(left.values()), height=0.62, color=PART_COLOURS[name], label=name)
         left = {label: left[label] + width for label, width in zip(left, widths, strict=True)}
     for y, total in enumerate(left.values()):
-        ax.text(total, y, f"  {total:,.3g} {unit}", va="center", fontsize=10)
+        ax.text(total, y, f"  {_short(total)} {unit}", va="center", fontsize=10)
     ax.invert_yaxis()
     ax.set_xlim(0, max(left.values()) * 1.16)
     ax.set_xlabel(unit)
@@ -185,7 +186,7 @@ def epochs(bars: dict[str, dict[str, float]], title: str) -> None:
         values = [bar[layer] for bar in bars.values() if layer in bar]
         ax.barh(ys, values, height=height * 0.9, color=LOOKS[layer]["color"], label=layer)
         for y, value in zip(ys, values, strict=True):
-            ax.text(value, y, f" {value:.3g} s", va="center", fontsize=10)
+            ax.text(value, y, f" {_short(value)} s", va="center", fontsize=10)
     ax.set_yticks(range(len(bars)), list(bars))
     ax.invert_yaxis()
     ax.set_xscale("log")
@@ -196,14 +197,19 @@ def epochs(bars: dict[str, dict[str, float]], title: str) -> None:
     ax.figure.legend(loc="outside lower center", ncols=len(layers), frameon=False, fontsize=9.5)
 
 
+def _short(value: float) -> str:
+    """Three digits, never in powers of ten."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def roofline(points: dict[str, tuple[float, float, float]], bandwidth: float, rate: float, title: str) -> None:
     """Draws measured work under the two measured ceilings.
 
     Args:
-        points: label to bytes, operations and seconds of one call.
+        points: label to bytes, operations and seconds of one call; forward and backward of a layer in turn.
         bandwidth: bytes a second. rate: operations a second.
     """
-    ax = _figure(4.0)
+    ax = _figure(4.6)
     at = [operations / moved for moved, operations, _ in points.values()]
     reach = [min(at) / 4, max(*at, rate / bandwidth) * 6]
     ridge = rate / bandwidth
@@ -211,11 +217,13 @@ def roofline(points: dict[str, tuple[float, float, float]], bandwidth: float, ra
     ax.plot(roof, [min(x * bandwidth, rate) / 1e9 for x in roof], color=INK, lw=1.6)
     ax.text(reach[0] * 1.1, reach[0] * bandwidth / 1e9 * 2, f"a copy: {bandwidth / 1e9:,.0f} GB/s", fontsize=9.5)
     ax.text(ridge, rate / 1e9 * 1.2, f"a matrix product: {rate / 1e9:,.0f} Gflop/s", fontsize=9.5)
-    for label, (moved, operations, seconds) in points.items():
-        color = VERMILION if "KANLinear" in label else GREEN if "Adam" in label else BLUE
+    marks = "osD^vP*X"  # the backward pass of each pair is hollow
+    for n, (label, (moved, operations, seconds)) in enumerate(points.items()):
+        color = VERMILION if "KANLinear" in label else BLUE
+        inside = "white" if n % 2 else color
         x, y = operations / moved, operations / seconds / 1e9
-        ax.plot(x, y, "o", ms=7, color=color)
-        ax.annotate(label, (x, y), (8, -4), textcoords="offset points", fontsize=9, color=color)
+        ax.plot(x, y, marks[n // 2 % len(marks)], ms=8, mew=1.6, color=color, mfc=inside, label=label)
+    ax.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_ylim(top=rate / 1e9 * 3)
