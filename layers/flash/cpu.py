@@ -27,58 +27,58 @@ EXACT = range(8, 33)  # outputs for which a kernel is compiled for exactly that 
 COPIES_NUMBERS = 2**26  # the threads' copies of y together stay below this many numbers
 
 
-@lru_cache
-def _basis(order: int, d: int, real):
-    """Compiles the window's cell and basis values (or d-th derivatives) for all samples of one feature."""
-    width = order + 1
+# Functions of the module, not closures: what a compiled function captures goes into the name under which Numba keeps
+# it, and a captured function has another name in every process, so that nothing would ever be found again.
+@numba.njit(forceinline=True, fastmath=FAST)
+def _window(f, inv_h, v, order, d):
+    """The window's basis values, or d-th derivatives, at ``f``, into ``v`` (k + 1)."""
+    real = v.dtype.type
     degree = max(order - d, 0)
+    v[0] = real(1)
+    for n in range(1, degree + 1):
+        inverse = real(1.0 / n)
+        v[n] = f * v[n - 1] * inverse
+        for r in range(n - 1, 0, -1):
+            v[r] = ((f + real(n - r)) * v[r - 1] + (real(1 + r) - f) * v[r]) * inverse
+        v[0] = (real(1) - f) * v[0] * inverse
+    for n in range(degree + 1, order + 1):
+        v[n] = real(0)
+        for r in range(n, 0, -1):
+            v[r] = (v[r - 1] - v[r]) * inv_h
+        v[0] = -v[0] * inv_h
+    if d > order:
+        for r in range(order + 1):
+            v[r] = real(0)
 
-    @numba.njit(inline="always", fastmath=FAST)
-    def window(f, inv_h, v):
-        v[0] = real(1)
-        for n in range(1, degree + 1):
-            inverse = real(1.0 / n)
-            v[n] = f * v[n - 1] * inverse
-            for r in range(n - 1, 0, -1):
-                v[r] = ((f + real(n - r)) * v[r - 1] + (real(1 + r) - f) * v[r]) * inverse
-            v[0] = (real(1) - f) * v[0] * inverse
-        for n in range(degree + 1, width):
-            v[n] = real(0)
-            for r in range(n, 0, -1):
-                v[r] = (v[r - 1] - v[r]) * inv_h
-            v[0] = -v[0] * inv_h
-        if d > order:
-            for r in range(width):
-                v[r] = real(0)
 
-    @numba.njit(fastmath=FAST, error_model="numpy", cache=True)
-    def fill(x, scale, lo, hi, inv_h, size, cells, values):
-        v = np.empty(width, real)
-        for b in range(x.shape[0]):
-            u = (x[b] - lo) * inv_h
-            c = np.floor(u)
-            c = min(c, real(size - 1)) if x[b] <= hi else max(c, real(size))
-            c = min(max(c, real(-order - 1)), real(size + order))
-            c = real(0) if x[b] != x[b] else c
-            cells[b] = np.int32(c)
-            window(u - c, inv_h, v)
-            for r in range(width):
-                values[r, b] = v[r]
-            if d > 0 or degree == 0:
-                for r in range(width):  # a constant piece must carry a NaN along as well
-                    values[r, b] += real(0) * x[b] if x[b] != x[b] else real(0)
-        if scale.shape[0] > 0:
-            for r in range(width):
-                for b in range(x.shape[0]):
-                    values[r, b] *= scale[b]
-
-    return fill
+@numba.njit(forceinline=True, fastmath=FAST, error_model="numpy")
+def _fill(x, scale, lo, hi, inv_h, size, cells, values, order, d):
+    """The cell and the basis values (or d-th derivatives) of all samples of one feature."""
+    real = x.dtype.type
+    width = order + 1
+    v = np.empty(width, x.dtype)
+    for b in range(x.shape[0]):
+        u = (x[b] - lo) * inv_h
+        c = np.floor(u)
+        c = min(c, real(size - 1)) if x[b] <= hi else max(c, real(size))
+        c = min(max(c, real(-order - 1)), real(size + order))
+        c = real(0) if x[b] != x[b] else c
+        cells[b] = np.int32(c)
+        _window(u - c, inv_h, v, order, d)
+        for r in range(width):
+            values[r, b] = v[r]
+        if d > 0 or order == 0:
+            for r in range(width):  # a constant piece must carry a NaN along as well
+                values[r, b] += real(0) * x[b] if x[b] != x[b] else real(0)
+    if scale.shape[0] > 0:
+        for r in range(width):
+            for b in range(x.shape[0]):
+                values[r, b] *= scale[b]
 
 
 @lru_cache
 def _apply(order: int, d: int, outputs: int, real):
     """Compiles ``apply`` for one degree, derivative and number of outputs (0: any)."""
-    fill = _basis(order, d, real)
     width = order + 1
 
     @numba.njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
@@ -91,7 +91,8 @@ def _apply(order: int, d: int, outputs: int, real):
         cells = np.empty(samples, np.int32)
         values = np.empty((width, samples), real)
         for i in range(thread * features // threads, (thread + 1) * features // threads):
-            fill(x[i], scale[i] if scale.shape[0] > 0 else scale[:0].ravel(), lo, hi, inv_h, size, cells, values)
+            s = scale[i] if scale.shape[0] > 0 else scale[:0].ravel()
+            _fill(x[i], s, lo, hi, inv_h, size, cells, values, order, d)
             w = weight[i].reshape(-1)
             for b in range(samples):
                 c = np.int64(cells[b])
@@ -113,8 +114,7 @@ def _apply(order: int, d: int, outputs: int, real):
 def _adjoint(order: int, dot_d: int, scatter_d: int, outputs: int, real):
     """Compiles ``dot`` and ``scatter`` together; an order of -1 leaves that half out."""
     width = order + 1
-    slopes_of = _basis(order, max(dot_d, 0), real)
-    values_of = _basis(order, max(scatter_d, 0), real)
+    slope_d, value_d = max(dot_d, 0), max(scatter_d, 0)
 
     @numba.njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
     def run(thread, threads, grad, x, scale, weight, dots, gradient, lo, hi, inv_h):
@@ -127,10 +127,10 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, outputs: int, real):
         for i in range(thread * features // threads, (thread + 1) * features // threads):
             w = weight[i].reshape(-1)
             if dot_d >= 0:
-                slopes_of(x[i], scale[:0].ravel(), lo, hi, inv_h, size, cells, slopes)
+                _fill(x[i], scale[:0].ravel(), lo, hi, inv_h, size, cells, slopes, order, slope_d)
             if scatter_d >= 0:
                 s = scale[i] if scale.shape[0] > 0 else scale[:0].ravel()
-                values_of(x[i], s, lo, hi, inv_h, size, cells, values)
+                _fill(x[i], s, lo, hi, inv_h, size, cells, values, order, value_d)
                 v = gradient[i].reshape(-1)
                 v[:] = real(0)
             for b in range(samples):
