@@ -153,3 +153,9 @@ class KANLayer(nn.Module):
                 f"the saved weights belong to spline_order={order:.0f}, grid_range=({lo:g}, {hi:g}); this layer has "
                 f"spline_order={self.spline_order}, grid_range=({self.grid_range[0]:g}, {self.grid_range[1]:g})"
             )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # PyTorch hands over the extra state after the weights; here it decides whether they may be copied at all.
+        if prefix + "_extra_state" in state_dict:
+            self.set_extra_state(state_dict[prefix + "_extra_state"])
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -15,7 +15,7 @@ def committed() -> list[Path]:
 def snapshot(folder: Path, data: bool = False) -> Path:
     """Copy the tree without .git, caches and MNIST to `folder`, which must not exist; `data` links MNIST in."""
     skip = shutil.ignore_patterns(
-        ".git", "__pycache__", ".*_cache", ".hypothesis", ".ipynb_checkpoints", ".venv", "MNIST", "*.egg-info"
+        ".git", "__pycache__", ".*_cache", ".ipynb_checkpoints", ".venv", "MNIST", "*.egg-info"
     )
     shutil.copytree(ROOT, folder, ignore=skip)
     if data and (ROOT / "data" / "MNIST").is_dir():

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from layers import FlashKAN, KANLinear
-from layers.bsplines import dense_basis, local_basis, window_rows
+from layers.bsplines import dense_basis, knots, local_basis, window_rows
 from layers.flash import flash_kan
 from layers.flash.operator import NOT_NEEDED, adjoint_op, apply_op
 from tests import ROOT
@@ -280,6 +280,26 @@ def test_bit_identical_under_deterministic_algorithms(case, route, device, deter
     for _ in range(2):
         for name, t in measure(on(route), case, device).items():
             assert torch.equal(t, first[name]), f"{name} differs from run to run"
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("size, ends", ((3, (-1, 1)), (49, (0, 1)), (100, (-1, 1)), (500, (0.1, 0.7))))
+def test_the_side_of_a_knot(size, ends, dtype, route):
+    """Pieces of degree 0 and slopes of degree 1 jump at a knot: on it the right one counts, next to it its own.
+
+    Not on a GPU, whose kernels leave a sample within a rounding of a knot to either side.
+    """
+    for order in (0, 1):
+        on_knots = knots(size, order, ends, dtype=dtype)
+        beside = [torch.nextafter(on_knots, torch.full_like(on_knots, side)) for side in (-9.0, 9.0)]
+        x = torch.cat([on_knots, *beside]).unsqueeze(-1).requires_grad_()
+        weight = torch.randn(1, size + order, 3, dtype=dtype)
+        y = flash_kan(x, weight, None, order, ends, route=route)
+        if order == 1:
+            (y,) = torch.autograd.grad(y[:, 0].sum(), x)
+        exact = dense_basis(x.detach(), size, order, ends, derivative=order)[:, 0] @ weight[0]
+        exact = exact if order == 0 else exact[:, :1]
+        assert torch.allclose(y, exact, rtol=1e-4, atol=1e-4), f"order {order}: off by {(y - exact).abs().max():.2e}"
 
 
 def narrow_layer(dtype, device, ends=(-1, 1)):

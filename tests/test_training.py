@@ -1,7 +1,9 @@
 """The training loop of the notebooks: same seed, same run; what the log says is what happened; clear errors."""
 
 import csv
+import datetime
 import math
+import re
 
 import pytest
 import torch
@@ -200,3 +202,7 @@ def test_the_committed_sweep_is_of_mnist():
     keys = [tuple(row[name] for name in sweep_mnist.KEY) for row in rows]
     assert len(set(keys)) == len(keys)
     assert all(0 < float(row["test_accuracy"]) < 1 for row in rows)
+    for row in rows:  # a placeholder has no machine, no version and no day
+        assert row["device"] == "CPU" or row["device"].startswith("NVIDIA "), row
+        assert re.fullmatch(r"\d+\.\d+\.\d+.*", row["torch"]), row
+        assert datetime.date.fromisoformat(row["date"]) >= datetime.date(2026, 11, 24), row

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layers.bsplines import knots
 from layers.flash.reference import compute_dtype, silu
 
 # No assumption about NaN and infinity: they must come through.
@@ -52,16 +53,24 @@ def _window(f, inv_h, v, order, d):
 
 
 @numba.njit(forceinline=True, fastmath=FAST, error_model="numpy")
-def _fill(x, scale, lo, hi, inv_h, size, cells, values, order, d):
-    """The cell and the basis values (or d-th derivatives) of all samples of one feature."""
+def _fill(x, scale, lo, hi, inv_h, at_knots, size, cells, values, order, d):
+    """The cell and the basis values (or d-th derivatives) of all samples of one feature.
+
+    Where the pieces jump at a knot, ``at_knots`` holds the knots from -k - 1 to G + k + 1, and samples are compared with
+    them as in ``layers/bsplines.py``; elsewhere it is empty, since either side of a knot gives one value.
+    """
     real = x.dtype.type
     width = order + 1
     v = np.empty(width, x.dtype)
     for b in range(x.shape[0]):
         u = (x[b] - lo) * inv_h
         c = np.floor(u)
-        c = min(c, real(size - 1)) if x[b] <= hi else max(c, real(size))
         c = min(max(c, real(-order - 1)), real(size + order))
+        c = real(0) if x[b] != x[b] else c
+        if at_knots.shape[0] > 0:
+            n = np.int64(c) + order + 1
+            c += real(x[b] >= at_knots[n + 1]) - real(x[b] < at_knots[n])
+        c = min(c, real(size - 1)) if x[b] <= hi else max(c, real(size))
         c = real(0) if x[b] != x[b] else c
         cells[b] = np.int32(c)
         _window(u - c, inv_h, v, order, d)
@@ -82,7 +91,7 @@ def _apply(order: int, d: int, outputs: int, real):
     width = order + 1
 
     @numba.njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
-    def run(thread, threads, x, scale, weight, copies, lo, hi, inv_h):
+    def run(thread, threads, x, scale, weight, copies, lo, hi, inv_h, at_knots):
         features, samples = x.shape
         number = weight.shape[2] if outputs == 0 else outputs
         size = weight.shape[1] - order
@@ -92,7 +101,7 @@ def _apply(order: int, d: int, outputs: int, real):
         values = np.empty((width, samples), real)
         for i in range(thread * features // threads, (thread + 1) * features // threads):
             s = scale[i] if scale.shape[0] > 0 else scale[:0].ravel()
-            _fill(x[i], s, lo, hi, inv_h, size, cells, values, order, d)
+            _fill(x[i], s, lo, hi, inv_h, at_knots, size, cells, values, order, d)
             w = weight[i].reshape(-1)
             for b in range(samples):
                 c = np.int64(cells[b])
@@ -117,7 +126,7 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, outputs: int, real):
     slope_d, value_d = max(dot_d, 0), max(scatter_d, 0)
 
     @numba.njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
-    def run(thread, threads, grad, x, scale, weight, dots, gradient, lo, hi, inv_h):
+    def run(thread, threads, grad, x, scale, weight, dots, gradient, lo, hi, inv_h, at_knots):
         features, samples = x.shape
         number = weight.shape[2] if outputs == 0 else outputs
         size = weight.shape[1] - order
@@ -127,10 +136,10 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, outputs: int, real):
         for i in range(thread * features // threads, (thread + 1) * features // threads):
             w = weight[i].reshape(-1)
             if dot_d >= 0:
-                _fill(x[i], scale[:0].ravel(), lo, hi, inv_h, size, cells, slopes, order, slope_d)
+                _fill(x[i], scale[:0].ravel(), lo, hi, inv_h, at_knots, size, cells, slopes, order, slope_d)
             if scatter_d >= 0:
                 s = scale[i] if scale.shape[0] > 0 else scale[:0].ravel()
-                _fill(x[i], s, lo, hi, inv_h, size, cells, values, order, value_d)
+                _fill(x[i], s, lo, hi, inv_h, at_knots, size, cells, values, order, value_d)
                 v = gradient[i].reshape(-1)
                 v[:] = real(0)
             for b in range(samples):
@@ -188,18 +197,23 @@ def _array(t: Tensor, dtype: torch.dtype) -> np.ndarray:
     return t.detach().to(dtype).contiguous().numpy()
 
 
-def _grid(x: Tensor, weight: Tensor, order: int, lo: float, hi: float):
+def _grid(x: Tensor, weight: Tensor, order: int, lo: float, hi: float, d: int):
     dtype = compute_dtype(x, weight)
     real = np.float64 if dtype == torch.float64 else np.float32
     exact = weight.shape[2] if weight.shape[2] in EXACT else 0
-    return dtype, real, exact, (real(lo), real(hi), real((weight.shape[1] - order) / (hi - lo)))
+    size = weight.shape[1] - order
+    at_knots = np.empty(0, real)
+    if d >= order:
+        inner = knots(size, order, (lo, hi), dtype=dtype).numpy()
+        at_knots = np.concatenate([[np.nan], inner, [np.nan]], dtype=real)  # nothing is changed beyond the last ones
+    return dtype, real, exact, (real(lo), real(hi), real(size / (hi - lo)), at_knots)
 
 
 def apply(
     x: Tensor, weight: Tensor, base: Tensor | None, scale: Tensor | None, order: int, lo: float, hi: float, d: int
 ) -> Tensor:
     """``y`` (B, O); see ``layers/flash/reference.py``."""
-    dtype, real, exact, numbers = _grid(x, weight, order, lo, hi)
+    dtype, real, exact, numbers = _grid(x, weight, order, lo, hi, d)
     threads = max(1, min(torch.get_num_threads(), x.shape[1]))
     step = max(1, COPIES_NUMBERS // (threads * weight.shape[2]))
     if x.shape[0] > step:
@@ -231,7 +245,7 @@ def adjoint(
     scatter_d: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dot`` and ``scatter``; see ``layers/flash/reference.py``. An order of -1 leaves a result out (empty)."""
-    dtype, real, exact, numbers = _grid(x, weight, order, lo, hi)
+    dtype, real, exact, numbers = _grid(x, weight, order, lo, hi, max(dot_d, scatter_d))
     none = x.new_empty(0)
     dots = torch.empty(x.shape[1] if dot_d >= 0 else 0, x.shape[0], dtype=dtype)
     total = torch.empty(weight.shape if scatter_d >= 0 else (0, 0, 0), dtype=dtype)

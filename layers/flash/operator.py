@@ -219,9 +219,11 @@ def flash_kan(
         Shape ``(*, O)``, in the wider dtype of ``x`` and ``spline_weight``. Under autocast the weights are taken in the
         autocast dtype and ``x`` is left alone: a position in bfloat16 would lose its place on a fine grid.
 
-    Differentiable in ``x`` and the weights to any order (at a knot the one-sided value from the right is used), works
-    under ``torch.compile``, ``torch.export``, ``torch.func.grad`` and ``vmap``; forward-mode AD (``jvp``) is refused by
-    PyTorch with an error. Raises ``TypeError`` or ``ValueError`` naming the argument.
+    Differentiable in ``x`` and the weights to any order, works under ``torch.compile``, ``torch.export``,
+    ``torch.func.grad`` and ``vmap``; forward-mode AD (``jvp``) is refused by PyTorch with an error. At a knot, where
+    values of degree 0 and derivatives of order ``k`` jump, the one-sided value from the right is used; on a GPU, for a
+    sample within a rounding of a knot, it may be the one from the left. Raises ``TypeError`` or ``ValueError`` naming
+    the argument.
     Source: KAN, arXiv 2404.19756, equation 2.10.
     """
     for name, tensor in (("x", x), ("spline_weight", spline_weight), ("base_weight", base_weight)):
