@@ -1,16 +1,22 @@
 """CPU kernels: two loops over features, compiled by Numba for the machine at hand (no C compiler needed).
 
-Both give each thread a range of features. The weights of one feature are read while they are in the cache, whatever
-``G`` is; in ``apply`` every thread adds into its own copy of ``y``, in ``adjoint`` a feature's rows of the gradient
-belong to one thread, so nothing is ever added to by two threads at once and a result repeats bit for bit for a given
-number of threads. Basis values are computed for all samples of a feature first, in one loop that the compiler turns
-into vector instructions. The base branch is an ordinary matrix product and stays with PyTorch.
+Features are cut into chunks, and threads take one chunk after another. The weights of one feature are read while they
+are in the cache, whatever ``G`` is; in ``apply`` every chunk adds into its own copy of ``y``, in ``adjoint`` a feature's
+rows of the gradient belong to one chunk, so nothing is ever added to by two threads at once and a result repeats bit
+for bit for a given number of threads. Cells, basis values and activations are computed for all samples of a feature
+first, in loops that the compiler turns into vector instructions.
+
+The base branch is done here too, though it is an ordinary matrix product: PyTorch's threads keep a core busy for some
+milliseconds after each parallel operation, waiting for the next, and a kernel that starts meanwhile has to share it
+(one addition in PyTorch before a kernel of 1.7 ms made it 4.4 ms on two cores).
 
 The formulas are those of ``layers/flash/reference.py``. Compiled code is kept in ``__pycache__``.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -20,151 +26,316 @@ import torch
 from torch import Tensor
 
 from layers.bsplines import knots
-from layers.flash.reference import compute_dtype, silu
+from layers.flash.reference import compute_dtype, silu_terms
 
 # No assumption about NaN and infinity: they must come through.
 FAST = {"contract", "nsz", "arcp", "reassoc"}
-EXACT = range(8, 33)  # outputs for which a kernel is compiled for exactly that number: 1.6 times as fast
-COPIES_NUMBERS = 2**26  # the threads' copies of y together stay below this many numbers
+# Outputs for which a kernel is compiled for exactly that number: as a number that the compiler knows, rounded up to whole
+# vectors, it makes the inner loop 3 times as fast.
+EXACT = range(8, 33)
+VECTOR = 8
+LN2 = math.log(2)
+CHUNKS = 4  # for each thread: one that is held up by other work leaves the rest to the others
+COPIES_NUMBERS = 2**26  # the chunks' copies of y together stay below this many numbers
+FEW_NUMBERS = 2**20  # and with more than this, there is only one for each thread
+ALONE = 2**14  # samples times features times outputs that one thread does before two would have started
 
 
 # Functions of the module, not closures: what a compiled function captures goes into the name under which Numba keeps
 # it, and a captured function has another name in every process, so that nothing would ever be found again.
 @numba.njit(forceinline=True, fastmath=FAST)
-def _window(f, inv_h, v, order, d):
-    """The window's basis values, or d-th derivatives, at ``f``, into ``v`` (k + 1)."""
-    real = v.dtype.type
-    degree = max(order - d, 0)
-    v[0] = real(1)
+def _window(f, inv_h, values, order, d):
+    """The window's basis values, or d-th derivatives, at all ``f`` (B,), into ``values`` (k + 1, B)."""
+    real, samples, degree = values.dtype.type, f.shape[0], max(order - d, 0)
+    values[0] = real(1)
     for n in range(1, degree + 1):
         inverse = real(1.0 / n)
-        v[n] = f * v[n - 1] * inverse
+        for b in range(samples):
+            values[n, b] = f[b] * values[n - 1, b] * inverse
         for r in range(n - 1, 0, -1):
-            v[r] = ((f + real(n - r)) * v[r - 1] + (real(1 + r) - f) * v[r]) * inverse
-        v[0] = (real(1) - f) * v[0] * inverse
+            for b in range(samples):
+                left, right = (f[b] + real(n - r)) * values[r - 1, b], (real(1 + r) - f[b]) * values[r, b]
+                values[r, b] = (left + right) * inverse
+        for b in range(samples):
+            values[0, b] = (real(1) - f[b]) * values[0, b] * inverse
     for n in range(degree + 1, order + 1):
-        v[n] = real(0)
+        values[n] = real(0)
         for r in range(n, 0, -1):
-            v[r] = (v[r - 1] - v[r]) * inv_h
-        v[0] = -v[0] * inv_h
+            for b in range(samples):
+                values[r, b] = (values[r - 1, b] - values[r, b]) * inv_h
+        for b in range(samples):
+            values[0, b] = -values[0, b] * inv_h
     if d > order:
-        for r in range(order + 1):
-            v[r] = real(0)
+        values[: order + 1] = real(0)
 
 
 @numba.njit(forceinline=True, fastmath=FAST, error_model="numpy")
-def _fill(x, scale, lo, hi, inv_h, at_knots, size, cells, values, order, d):
-    """The cell and the basis values (or d-th derivatives) of all samples of one feature.
+def _locate(x, lo, hi, inv_h, at_knots, size, cells, f, order):
+    """The cell of every sample of one feature and the position in it, as :func:`layers.bsplines.locate`.
 
     Where the pieces jump at a knot, ``at_knots`` holds the knots from -k - 1 to G + k + 1, and samples are compared with
-    them as in ``layers/bsplines.py``; elsewhere it is empty, since either side of a knot gives one value.
+    them as it is done there; elsewhere it is empty, since either side of a knot gives one value.
     """
     real = x.dtype.type
-    width = order + 1
-    v = np.empty(width, x.dtype)
     for b in range(x.shape[0]):
         u = (x[b] - lo) * inv_h
         c = np.floor(u)
-        c = min(max(c, real(-order - 1)), real(size + order))
-        c = real(0) if x[b] != x[b] else c
         if at_knots.shape[0] > 0:
-            n = np.int64(c) + order + 1
+            near = min(max(c, real(-order - 1)), real(size + order))
+            n = np.int64(near if x[b] == x[b] else real(0)) + order + 1
             c += real(x[b] >= at_knots[n + 1]) - real(x[b] < at_knots[n])
-        c = min(c, real(size - 1)) if x[b] <= hi else max(c, real(size))
-        c = real(0) if x[b] != x[b] else c
+        highest = real(size - 1) if x[b] <= hi else real(size + order)
+        lowest = real(-order - 1) if x[b] <= hi else real(size)
+        c = highest if c > highest else c
+        c = c if c > lowest else lowest
+        c = c if x[b] == x[b] else real(0)
         cells[b] = np.int32(c)
-        _window(u - c, inv_h, v, order, d)
-        for r in range(width):
-            values[r, b] = v[r]
-        if d > 0 or order == 0:
-            for r in range(width):  # a constant piece must carry a NaN along as well
-                values[r, b] += real(0) * x[b] if x[b] != x[b] else real(0)
-    if scale.shape[0] > 0:
-        for r in range(width):
+        f[b] = u - c
+
+
+@numba.njit(forceinline=True, fastmath=FAST, error_model="numpy")
+def _basis(x, f, scale, inv_h, values, order, d):
+    """Basis values (or d-th derivatives) of all samples of one feature, times ``scale`` unless it is empty."""
+    real = x.dtype.type
+    _window(f, inv_h, values, order, d)
+    for r in range(order + 1):
+        if d > 0 or order == 0:  # a constant piece must carry a NaN along as well
+            for b in range(x.shape[0]):
+                values[r, b] += real(0) if x[b] == x[b] else x[b]
+        if scale.shape[0] > 0:
             for b in range(x.shape[0]):
                 values[r, b] *= scale[b]
 
 
+@numba.njit(forceinline=True)
+def _exp(x):
+    """``e^x`` for float32 from -87 to 88, to a rounding or two: ``2^n e^r`` with a Taylor polynomial for ``e^r``.
+
+    Four instructions of the compiler's vectors where the library's function takes one number at a time.
+    """
+    n = np.floor(x * np.float32(1 / LN2) + np.float32(0.5))
+    r = np.float32(np.float64(x) - np.float64(n) * LN2)  # |r| <= log(2) / 2: the term left out is below 1e-8
+    p = np.float32(1 / 5040)
+    for inverse in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+        p = p * r + np.float32(inverse)
+    return p * np.int32((np.int32(n) + 127) << 23).view(np.float32)  # the exponent's bits of 2^n
+
+
+@numba.njit(forceinline=True, fastmath=FAST, error_model="numpy")
+def _logistic(x, s):
+    real = x.dtype.type
+    for b in range(x.shape[0]):
+        if real is np.float32:
+            near = min(max(-x[b], real(-87)), real(88))
+            e = _exp(near if x[b] == x[b] else real(0))
+            s[b] = real(1) / (real(1) + e) if x[b] > real(-88) else real(0)
+        else:
+            s[b] = real(1) / (real(1) + np.exp(-x[b]))
+
+
+@numba.njit(forceinline=True, fastmath=FAST, error_model="numpy")
+def _silu(x, s, scale, out, now, before, d):
+    """The d-th derivative of SiLU from ``s``, the logistic function of ``x``; ``now``, ``before``: ``silu_terms``."""
+    real = x.dtype.type
+    for b in range(x.shape[0]):
+        p, q, power = real(0), real(0), real(1)
+        for n in range(len(now)):
+            p += real(now[n]) * power
+            if n < len(before):
+                q += real(before[n]) * power
+            power *= s[b]
+        out[b] = (real(0) if x[b] == -np.inf else x[b] * p) + real(d) * q
+    if scale.shape[0] > 0:
+        for b in range(x.shape[0]):
+            out[b] *= scale[b]
+
+
+@numba.njit(forceinline=True)
+def _turn(x, first, last, out):
+    """Columns ``first`` to ``last`` of ``x`` (B, I) as rows of ``out``; nothing if ``x`` is empty."""
+    for b in range(x.shape[0]):
+        for i in range(first, last):
+            out[i - first, b] = x[b, i]
+
+
+@numba.njit(forceinline=True, fastmath=FAST)
+def _add_rows(factors, rows, total):
+    """``total`` (n,) += ``factors`` (B,) times ``rows`` (B, n), four at a time: each sum waits for the one before."""
+    fours = rows.shape[0] // 4 * 4
+    for b in range(0, fours, 4):
+        for o in range(total.shape[0]):
+            total[o] += (factors[b] * rows[b, o] + factors[b + 1] * rows[b + 1, o]) + (
+                factors[b + 2] * rows[b + 2, o] + factors[b + 3] * rows[b + 3, o]
+            )
+    for b in range(fours, rows.shape[0]):
+        for o in range(total.shape[0]):
+            total[o] += factors[b] * rows[b, o]
+
+
+def lanes_of(exact: int) -> int:
+    """How many numbers a row has that holds ``exact`` outputs in whole vectors."""
+    return -(-exact // VECTOR) * VECTOR
+
+
 @lru_cache
-def _apply(order: int, d: int, outputs: int, real):
-    """Compiles ``apply`` for one degree, derivative and number of outputs (0: any)."""
-    width = order + 1
+def _apply(order: int, d: int, exact: int, base: bool, real):
+    """Compiles ``apply`` for one degree, derivative and number of outputs (``exact``; 0: any).
+
+    Rows of ``y`` and ``base_rows`` have :func:`lanes_of` numbers then, and a row of the weights is read to that length:
+    what follows it goes to where nobody looks. So that the last row may be read too, the weights of the last feature
+    come once more in ``last_weight``, with room behind them.
+    """
+    width, lanes = order + 1, lanes_of(exact)
+    now, before = silu_terms(d)
 
     @numba.njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
-    def run(thread, threads, x, scale, weight, copies, lo, hi, inv_h, at_knots):
-        features, samples = x.shape
-        number = weight.shape[2] if outputs == 0 else outputs
-        size = weight.shape[1] - order
-        y = copies[thread]
+    def run(chunk, chunks, x, scale, weight, last_weight, base_rows, copies, lo, hi, inv_h, at_knots, number):
+        samples, features = x.shape
+        outputs = number if exact == 0 else exact
+        rows = weight.shape[0] // (features * outputs)
+        size = rows - order
+        whole_row = outputs if exact == 0 else lanes
+        first, last = chunk * features // chunks, (chunk + 1) * features // chunks
+        y = copies[chunk]
         y[:] = real(0)
-        cells = np.empty(samples, np.int32)
+        columns = np.empty((last - first, samples), real)
+        scales = np.empty((last - first if scale.shape[0] > 0 else 0, samples), real)
+        _turn(x, first, last, columns)
+        _turn(scale, first, last, scales)
+        cells, f = np.empty(samples, np.int32), np.empty(samples, real)
         values = np.empty((width, samples), real)
-        for i in range(thread * features // threads, (thread + 1) * features // threads):
-            s = scale[i] if scale.shape[0] > 0 else scale[:0].ravel()
-            _fill(x[i], s, lo, hi, inv_h, at_knots, size, cells, values, order, d)
-            w = weight[i].reshape(-1)
+        act, logistic = np.empty(samples, real), np.empty(samples, real)
+        for i in range(first, last):
+            column = columns[i - first]
+            s = scales[i - first] if scale.shape[0] > 0 else column[:0]
+            _locate(column, lo, hi, inv_h, at_knots, size, cells, f, order)
+            _basis(column, f, s, inv_h, values, order, d)
+            w = last_weight if i == features - 1 else weight[i * rows * outputs :]
+            if base:
+                _logistic(column, logistic)
+                _silu(column, logistic, s, act, now, before, d)
+                row = base_rows[i]
             for b in range(samples):
                 c = np.int64(cells[b])
                 if c >= 0 and c < size:
-                    for o in range(number):
+                    at = c * outputs
+                    for o in range(whole_row):
                         total = y[b, o]
+                        if base:
+                            total += act[b] * row[o]
                         for r in range(width):
-                            total += values[r, b] * w[(c + r) * number + o]
+                            total += values[r, b] * w[at + r * outputs + o]
                         y[b, o] = total
                 else:
-                    for r in range(max(-c, 0), min(size + order - c, width)):
-                        for o in range(number):
-                            y[b, o] += values[r, b] * w[(c + r) * number + o]
+                    if base:
+                        for o in range(whole_row):
+                            y[b, o] += act[b] * row[o]
+                    for r in range(max(-c, 0), min(rows - c, width)):
+                        for o in range(outputs):
+                            y[b, o] += values[r, b] * w[(c + r) * outputs + o]
 
     return run
 
 
 @lru_cache
-def _adjoint(order: int, dot_d: int, scatter_d: int, outputs: int, real):
-    """Compiles ``dot`` and ``scatter`` together; an order of -1 leaves that half out."""
-    width = order + 1
+def _adjoint(order: int, dot_d: int, scatter_d: int, exact: int, base: bool, real):
+    """Compiles ``dot`` and ``scatter`` together; an order of -1 leaves that half out. ``exact``: see ``_apply``.
+
+    The rows of ``grad`` and ``base_rows`` are filled up with zeros.
+    """
+    width, lanes = order + 1, lanes_of(exact)
     slope_d, value_d = max(dot_d, 0), max(scatter_d, 0)
+    slope_now, slope_before = silu_terms(slope_d)
+    value_now, value_before = silu_terms(value_d)
 
     @numba.njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
-    def run(thread, threads, grad, x, scale, weight, dots, gradient, lo, hi, inv_h, at_knots):
-        features, samples = x.shape
-        number = weight.shape[2] if outputs == 0 else outputs
-        size = weight.shape[1] - order
-        cells = np.empty(samples, np.int32)
-        slopes = np.empty((width, samples), real)
+    def run(
+        chunk, chunks, grad, x, scale, weight, last_weight, base_rows, dots, gradient, base_gradient,
+        lo, hi, inv_h, at_knots, number,
+    ):  # fmt: skip
+        samples, features = x.shape
+        outputs = number if exact == 0 else exact
+        rows = weight.shape[0] // (features * outputs)
+        size = rows - order
+        whole_row = outputs if exact == 0 else lanes
+        first, last = chunk * features // chunks, (chunk + 1) * features // chunks
+        columns = np.empty((last - first, samples), real)
+        scales = np.empty((last - first if scale.shape[0] > 0 else 0, samples), real)
+        _turn(x, first, last, columns)
+        _turn(scale, first, last, scales)
+        cells, f = np.empty(samples, np.int32), np.empty(samples, real)
         values = np.empty((width, samples), real)
-        for i in range(thread * features // threads, (thread + 1) * features // threads):
-            w = weight[i].reshape(-1)
-            if dot_d >= 0:
-                _fill(x[i], scale[:0].ravel(), lo, hi, inv_h, at_knots, size, cells, slopes, order, slope_d)
+        act, logistic = np.empty(samples, real), np.empty(samples, real)
+        local = np.empty(rows * whole_row if scatter_d >= 0 else 0, real)
+        local_base, parts = np.empty(whole_row, real), np.empty(whole_row, real)
+        for i in range(first, last):
+            column = columns[i - first]
+            none = column[:0]
+            w = last_weight if i == features - 1 else weight[i * rows * outputs :]
+            if base:
+                _logistic(column, logistic)
+            _locate(column, lo, hi, inv_h, at_knots, size, cells, f, order)
             if scatter_d >= 0:
-                s = scale[i] if scale.shape[0] > 0 else scale[:0].ravel()
-                _fill(x[i], s, lo, hi, inv_h, at_knots, size, cells, values, order, value_d)
-                v = gradient[i].reshape(-1)
-                v[:] = real(0)
-            for b in range(samples):
-                c = np.int64(cells[b])
-                first, last = max(-c, 0), min(size + order - c, width)
-                whole = first == 0 and last == width
-                if dot_d >= 0:
-                    total = real(0)
-                    if whole:
-                        for o in range(number):
-                            part = real(0)
+                s = scales[i - first] if scale.shape[0] > 0 else none
+                _basis(column, f, s, inv_h, values, order, value_d)
+                local[:] = real(0)
+                for b in range(samples):
+                    c = np.int64(cells[b])
+                    if c >= 0 and c < size:
+                        for o in range(whole_row):
                             for r in range(width):
-                                part += slopes[r, b] * w[(c + r) * number + o]
-                            total += grad[b, o] * part
+                                local[(c + r) * whole_row + o] += values[r, b] * grad[b, o]
                     else:
-                        for r in range(first, last):
-                            for o in range(number):
-                                total += grad[b, o] * slopes[r, b] * w[(c + r) * number + o]
-                    dots[i, b] = total
-                if scatter_d >= 0:
-                    for r in range(first, last):
-                        for o in range(number):
-                            v[(c + r) * number + o] += values[r, b] * grad[b, o]
+                        for r in range(max(-c, 0), min(rows - c, width)):
+                            for o in range(whole_row):
+                                local[(c + r) * whole_row + o] += values[r, b] * grad[b, o]
+                gradient[i] = local.reshape(rows, whole_row)[:, :outputs]
+                if base:
+                    _silu(column, logistic, s, act, value_now, value_before, value_d)
+                    local_base[:] = real(0)
+                    _add_rows(act, grad, local_base)
+                    base_gradient[i] = local_base[:outputs]
+            if dot_d >= 0:
+                _basis(column, f, none, inv_h, values, order, slope_d)
+                if base:
+                    _silu(column, logistic, none, act, slope_now, slope_before, slope_d)
+                    row = base_rows[i]
+                for b in range(samples):
+                    c, total = np.int64(cells[b]), real(0)
+                    if c >= 0 and c < size:
+                        at = c * outputs
+                        for o in range(whole_row):
+                            part = act[b] * row[o] if base else real(0)
+                            for r in range(width):
+                                part += values[r, b] * w[at + r * outputs + o]
+                            parts[o] = grad[b, o] * part
+                        for o in range(outputs):
+                            total += parts[o]
+                    else:
+                        if base:
+                            for o in range(outputs):
+                                total += grad[b, o] * act[b] * row[o]
+                        for r in range(max(-c, 0), min(rows - c, width)):
+                            for o in range(outputs):
+                                total += grad[b, o] * values[r, b] * w[(c + r) * outputs + o]
+                    columns[i - first, b] = total  # the column is not needed any more
+        if dot_d >= 0:
+            for b in range(samples):
+                for i in range(first, last):
+                    dots[b, i] = columns[i - first, b]
 
     return run
+
+
+@numba.njit(nogil=True, cache=True)
+def _sum(copies, y):
+    """The sum over copies (n, B, lanes or O) into ``y`` (B, O)."""
+    for b in range(y.shape[0]):
+        for o in range(y.shape[1]):
+            y[b, o] = copies[0, b, o]
+        for n in range(1, copies.shape[0]):
+            for o in range(y.shape[1]):
+                y[b, o] += copies[n, b, o]
 
 
 @lru_cache
@@ -172,63 +343,77 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="flashkan")
 
 
-def _run_on_all(run, threads: int, *args) -> None:
-    """Calls ``run(thread, threads, *args)`` for every thread; the compiled code runs without the interpreter's lock.
+def _run_on_all(run, threads: int, chunks: int, *args) -> None:
+    """Calls ``run(chunk, chunks, *args)`` for every chunk; the compiled code runs without the interpreter's lock.
 
     A pool of Python threads instead of Numba's own: it compiles in a quarter of the time and may be entered from
     several threads at once.
     """
-    if threads == 1:
-        run(0, 1, *args)
-    else:
-        parts = [_pool(threads - 1).submit(run, thread, threads, *args) for thread in range(1, threads)]
-        run(0, threads, *args)
-        for part in parts:
-            part.result()
+    waiting = itertools.count()
+
+    def work() -> None:
+        while (chunk := next(waiting)) < chunks:
+            run(chunk, chunks, *args)
+
+    helpers = [_pool(threads - 1).submit(work) for _ in range(threads - 1)] if threads > 1 else []
+    work()
+    for helper in helpers:
+        helper.result()
 
 
-def _columns(t: Tensor | None, dtype: torch.dtype) -> np.ndarray:
-    """``t`` (B, I) as a contiguous (I, B) array; (0, 0) for None."""
-    t = torch.empty(0, 0) if t is None else t.detach()
-    return t.to(dtype).t().contiguous().numpy()
+class _Call:
+    """What both kernels are given: numbers, arrays, how many threads and chunks."""
 
+    def __init__(self, x, weight, base, scale, order: int, lo: float, hi: float, d: int) -> None:
+        self.dtype = compute_dtype(x, weight)
+        real = self.real = np.float64 if self.dtype == torch.float64 else np.float32
+        (features, rows, outputs), size = weight.shape, weight.shape[1] - order
+        self.exact = outputs if outputs in EXACT else 0
+        self.row = lanes_of(self.exact) or outputs
+        self.x, self.scale = self.array(x), self.array(scale if scale is not None else torch.empty(0, 0))
+        wide = weight.detach().to(self.dtype).reshape(-1)
+        room = wide.new_zeros(self.row - outputs)
+        self.weights = wide.numpy(), torch.cat([wide[(features - 1) * rows * outputs :], room]).numpy()
+        self.base = self.rows(base if base is not None else torch.empty(0, outputs))
+        at_knots = np.empty(0, real)
+        if d >= order:
+            inner = knots(size, order, (lo, hi), dtype=self.dtype).numpy()
+            at_knots = np.concatenate([[np.nan], inner, [np.nan]], dtype=real)  # nothing is changed beyond the last
+        self.numbers = real(lo), real(hi), real(size / (hi - lo)), at_knots, outputs
+        threads = torch.get_num_threads() if x.numel() * outputs > ALONE else 1
+        self.threads = max(1, min(threads, features))
 
-def _array(t: Tensor, dtype: torch.dtype) -> np.ndarray:
-    return t.detach().to(dtype).contiguous().numpy()
+    def array(self, t: Tensor) -> np.ndarray:
+        return t.detach().to(self.dtype).contiguous().numpy()
 
+    def rows(self, t: Tensor) -> np.ndarray:
+        """``t`` (n, O), its rows filled up with zeros to whole vectors."""
+        return torch.nn.functional.pad(t.detach().to(self.dtype), (0, self.row - t.shape[1])).contiguous().numpy()
 
-def _grid(x: Tensor, weight: Tensor, order: int, lo: float, hi: float, d: int):
-    dtype = compute_dtype(x, weight)
-    real = np.float64 if dtype == torch.float64 else np.float32
-    exact = weight.shape[2] if weight.shape[2] in EXACT else 0
-    size = weight.shape[1] - order
-    at_knots = np.empty(0, real)
-    if d >= order:
-        inner = knots(size, order, (lo, hi), dtype=dtype).numpy()
-        at_knots = np.concatenate([[np.nan], inner, [np.nan]], dtype=real)  # nothing is changed beyond the last ones
-    return dtype, real, exact, (real(lo), real(hi), real(size / (hi - lo)), at_knots)
+    def chunks(self, numbers_each: int) -> int:
+        many = CHUNKS * self.threads if self.threads > 1 else 1
+        fits = many * numbers_each <= FEW_NUMBERS
+        return min(many, self.x.shape[1]) if fits else self.threads
 
 
 def apply(
     x: Tensor, weight: Tensor, base: Tensor | None, scale: Tensor | None, order: int, lo: float, hi: float, d: int
 ) -> Tensor:
     """``y`` (B, O); see ``layers/flash/reference.py``."""
-    dtype, real, exact, numbers = _grid(x, weight, order, lo, hi, d)
-    threads = max(1, min(torch.get_num_threads(), x.shape[1]))
-    step = max(1, COPIES_NUMBERS // (threads * weight.shape[2]))
+    call = _Call(x, weight, base, scale, order, lo, hi, d)
+    outputs = weight.shape[2]
+    step = max(1, COPIES_NUMBERS // (call.threads * call.row))
     if x.shape[0] > step:
-        starts = range(0, x.shape[0], step)
-        parts = [slice(b, b + step) for b in starts]
+        parts = [slice(b, b + step) for b in range(0, x.shape[0], step)]
         return torch.cat(
             [apply(x[p], weight, base, None if scale is None else scale[p], order, lo, hi, d) for p in parts]
         )
-    copies = torch.empty(threads, x.shape[0], weight.shape[2], dtype=dtype)
-    arrays = _columns(x, dtype), _columns(scale, dtype), _array(weight, dtype), copies.numpy()
-    _run_on_all(_apply(order, d, exact, real), threads, *arrays, *numbers)
-    y = copies.sum(0)
-    if base is not None:
-        act = silu(x.to(dtype), d)
-        y.addmm_(act if scale is None else act * scale.to(dtype), base.to(dtype))
+    chunks = call.chunks(x.shape[0] * call.row)
+    copies = np.empty((chunks, x.shape[0], call.row), call.real)
+    run = _apply(order, d, call.exact, base is not None, call.real)
+    _run_on_all(run, call.threads, chunks, call.x, call.scale, *call.weights, call.base, copies, *call.numbers)
+    y = torch.empty(x.shape[0], outputs, dtype=call.dtype)
+    _sum(copies, y.numpy())
     return y.to(torch.promote_types(x.dtype, weight.dtype))
 
 
@@ -245,24 +430,17 @@ def adjoint(
     scatter_d: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dot`` and ``scatter``; see ``layers/flash/reference.py``. An order of -1 leaves a result out (empty)."""
-    dtype, real, exact, numbers = _grid(x, weight, order, lo, hi, max(dot_d, scatter_d))
+    call = _Call(x, weight, base, scale, order, lo, hi, max(dot_d, scatter_d))
+    with_dot, with_scatter = dot_d >= 0, scatter_d >= 0
+    p = torch.empty(x.shape if with_dot else (0, 0), dtype=call.dtype)
+    v = torch.empty(weight.shape if with_scatter else (0, 0, 0), dtype=call.dtype)
+    b = torch.empty(base.shape if with_scatter and base is not None else (0, 0), dtype=call.dtype)
+    run = _adjoint(order, dot_d, scatter_d, call.exact, base is not None, call.real)
+    arrays = call.rows(grad), call.x, call.scale, *call.weights, call.base, p.numpy(), v.numpy(), b.numpy()
+    _run_on_all(run, call.threads, call.chunks(0), *arrays, *call.numbers)
     none = x.new_empty(0)
-    dots = torch.empty(x.shape[1] if dot_d >= 0 else 0, x.shape[0], dtype=dtype)
-    total = torch.empty(weight.shape if scatter_d >= 0 else (0, 0, 0), dtype=dtype)
-    grad = grad.to(dtype)
-    arrays = _array(grad, dtype), _columns(x, dtype), _columns(scale, dtype), _array(weight, dtype)
-    threads = max(1, min(torch.get_num_threads(), x.shape[1]))
-    run = _adjoint(order, dot_d, scatter_d, exact, real)
-    _run_on_all(run, threads, *arrays, dots.numpy(), total.numpy(), *numbers)
-    p, v, b = none, none.clone(), none.clone()
-    if dot_d >= 0:
-        p = dots.t()
-        if base is not None:
-            p = p.addcmul(silu(x.to(dtype), dot_d), grad @ base.to(dtype).t())
-        p = p.to(x.dtype).contiguous()
-    if scatter_d >= 0:
-        v = total.to(weight.dtype)
-        if base is not None:
-            act = silu(x.to(dtype), scatter_d)
-            b = ((act if scale is None else act * scale.to(dtype)).t() @ grad).to(base.dtype)
-    return p, v, b
+    return (
+        p.to(x.dtype) if with_dot else none,
+        v.to(weight.dtype) if with_scatter else none.clone(),
+        b.to(base.dtype) if with_scatter and base is not None else none.clone(),
+    )

@@ -26,15 +26,22 @@ from layers.bsplines import local_basis, window_rows
 GROUP_NUMBERS = 2**24
 
 
+def silu_terms(derivative: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The d-th and the (d - 1)-th derivative of the logistic function ``s`` as polynomials in ``s``, constant first.
+
+    ``s' = s (1 - s)``, so differentiating once more is a rule for coefficients. For ``d = 0`` the second is ``s``.
+    """
+    before, now = (0.0, 1.0), (0.0, 1.0)
+    for _ in range(derivative):
+        slopes = [n * c for n, c in enumerate(now)]  # s times the derivative of the polynomial
+        before, now = now, tuple(a - b for a, b in zip(slopes + [0.0], [0.0] + slopes, strict=True))
+    return now, before
+
+
 def silu(x: Tensor, derivative: int = 0) -> Tensor:
     """The d-th derivative of ``x * s(x)`` with ``s`` the logistic function: ``x s^(d) + d s^(d-1)`` (Leibniz)."""
     s = torch.sigmoid(x)
-    before, now = s, s
-    terms = [0.0, 1.0]  # s^(d) as a polynomial in s, constant first
-    for _ in range(derivative):
-        slopes = [n * c for n, c in enumerate(terms)]  # s times dp/ds; and s' = s (1 - s)
-        terms = [a - b for a, b in zip(slopes + [0.0], [0.0] + slopes, strict=True)]
-        before, now = now, sum(c * s**n for n, c in enumerate(terms))
+    now, before = (sum(c * s**n for n, c in enumerate(terms) if c) for terms in silu_terms(derivative))
     # x s(x) is 0 * inf at -inf; its limit and all its derivatives vanish there.
     return torch.where(x == -torch.inf, torch.zeros_like(x), x * now) + derivative * before
 
