@@ -164,6 +164,18 @@ def test_blank():
         training.Blank(1)
 
 
+def test_edges():
+    x = torch.rand(2, 3, 784)
+    out = training.Edges()(x)
+    assert out.shape == (2, 3, 3 * 784) and torch.equal(out[..., :784], x) and out.min() >= 0 and out.max() <= 1
+    page, right, below = (part.unflatten(-1, (28, 28)) for part in out.split(784, -1))
+    assert torch.allclose(right[..., 5, 7] * 2 - 1, page[..., 5, 7] - page[..., 5, 8], atol=1e-6)
+    assert torch.allclose(below[..., 5, 7] * 2 - 1, page[..., 5, 7] - page[..., 6, 7], atol=1e-6)
+    assert torch.allclose(right[..., 27], (1 + page[..., 27]) / 2) and torch.allclose(
+        below[..., 27, :], (1 + page[..., 27, :]) / 2
+    )
+
+
 def test_the_network_and_its_rivals():
     kan, widths = training.network(), training.mlp_widths()
     assert kan(torch.rand(3, 784)).shape == (3, 10)

@@ -57,6 +57,7 @@ class Run:
     order: int = training.ORDER
     fit: dict = field(default_factory=dict)
     blank: float = 0.0
+    edges: bool = False
     hidden: int | None = None
 
 
@@ -82,6 +83,7 @@ def plan(parts: list[str], quick: bool) -> Iterator[Run]:
             "learning rate / 4": {"fit": {"lr": training.LR / 4}},
             "blanks 10 % of the pixels": {"blank": 0.1},
             "blanks 30 % of the pixels": {"blank": 0.3},
+            "sees edges too": {"edges": True},
         }
         for name, how in variants.items():
             yield from (Run("ceiling", name, seed, 100, training.LAM, **how) for seed in seeds)
@@ -103,8 +105,9 @@ def model_of(run: Run) -> tuple[nn.Module, FlashKAN | None]:
         return training.mlp(run.hidden), None
     if run.name == "linear":
         return nn.Linear(784, 10), None
-    layer = FlashKAN(784, 10, run.grid_size, grid_range=(0, 1))
-    return (nn.Sequential(training.Blank(run.blank), layer) if run.blank else layer), layer
+    layer = FlashKAN(3 * 784 if run.edges else 784, 10, run.grid_size, grid_range=(0, 1))
+    before = [training.Edges()] if run.edges else [training.Blank(run.blank)] if run.blank else []
+    return (nn.Sequential(*before, layer) if before else layer), layer
 
 
 def row_of(run: Run, data: training.Digits) -> dict:

@@ -230,6 +230,20 @@ class Blank(nn.Module):
         return f"p={self.p:g}, paper={self.paper:g}"
 
 
+class Edges(nn.Module):
+    """Adds to every pixel how it differs from its right and from its lower neighbour: inputs that see two pixels.
+
+    Shape: ``(*, 784) -> (*, 3 * 784)``: the pixels, then the differences to the right, then downwards, all from 0 to 1
+    (0.5: no difference) for pixels from 0 to 1. Beyond the edge of the page lies paper. Nothing is learned.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        page = x.unflatten(-1, (28, 28))
+        right, below = F.pad(page, (0, 1))[..., 1:], F.pad(page, (0, 0, 0, 1))[..., 1:, :]
+        parts = [page, (1 + page - right) / 2, (1 + page - below) / 2]
+        return torch.cat([part.flatten(-2) for part in parts], -1)
+
+
 def network(device: torch.device | str | None = None) -> nn.Sequential:
     """The network of notebook 04: 784 pixels in (0, 1), 64 hidden values, 10 digits; curves all the way.
 
