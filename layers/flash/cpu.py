@@ -32,7 +32,7 @@ from layers.flash.reference import compute_dtype, silu_terms
 FAST = {"contract", "nsz", "arcp", "reassoc"}
 # Outputs for which a kernel is compiled for exactly that number: as a number that the compiler knows, rounded up to whole
 # vectors, it makes the inner loop 3 times as fast.
-EXACT = range(8, 33)
+EXACT = range(8, 65)
 VECTOR = 8
 LN2 = math.log(2)
 CHUNKS = 4  # for each thread: one that is held up by other work leaves the rest to the others
@@ -159,6 +159,22 @@ def _turn(x, first, last, out):
 
 
 @numba.njit(forceinline=True, fastmath=FAST)
+def _add(total, factor, row):
+    """``total`` += ``factor`` * ``row``, to the length of ``row``."""
+    for o in range(row.shape[0]):
+        total[o] += factor * row[o]
+
+
+@numba.njit(forceinline=True, fastmath=FAST)
+def _product(a, row):
+    """The sum of ``a[o] * row[o]`` over the length of ``row``."""
+    total = a.dtype.type(0)
+    for o in range(row.shape[0]):
+        total += a[o] * row[o]
+    return total
+
+
+@numba.njit(forceinline=True, fastmath=FAST)
 def _add_rows(factors, rows, total):
     """``total`` (n,) += ``factors`` (B,) times ``rows`` (B, n), four at a time: each sum waits for the one before."""
     fours = rows.shape[0] // 4 * 4
@@ -217,7 +233,7 @@ def _apply(order: int, d: int, exact: int, base: bool, real):
                 row = base_rows[i]
             for b in range(samples):
                 c = np.int64(cells[b])
-                if c >= 0 and c < size:
+                if exact > 0 and c >= 0 and c < size:
                     at = c * outputs
                     for o in range(whole_row):
                         total = y[b, o]
@@ -228,11 +244,9 @@ def _apply(order: int, d: int, exact: int, base: bool, real):
                         y[b, o] = total
                 else:
                     if base:
-                        for o in range(whole_row):
-                            y[b, o] += act[b] * row[o]
+                        _add(y[b], act[b], row)
                     for r in range(max(-c, 0), min(rows - c, width)):
-                        for o in range(outputs):
-                            y[b, o] += values[r, b] * w[(c + r) * outputs + o]
+                        _add(y[b], values[r, b], w[(c + r) * outputs : (c + r + 1) * outputs])
 
     return run
 
@@ -281,14 +295,13 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, exact: int, base: bool, rea
                 local[:] = real(0)
                 for b in range(samples):
                     c = np.int64(cells[b])
-                    if c >= 0 and c < size:
+                    if exact > 0 and c >= 0 and c < size:
                         for o in range(whole_row):
                             for r in range(width):
                                 local[(c + r) * whole_row + o] += values[r, b] * grad[b, o]
                     else:
                         for r in range(max(-c, 0), min(rows - c, width)):
-                            for o in range(whole_row):
-                                local[(c + r) * whole_row + o] += values[r, b] * grad[b, o]
+                            _add(local[(c + r) * whole_row : (c + r + 1) * whole_row], values[r, b], grad[b])
                 gradient[i] = local.reshape(rows, whole_row)[:, :outputs]
                 if base:
                     _silu(column, logistic, s, act, value_now, value_before, value_d)
@@ -302,7 +315,7 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, exact: int, base: bool, rea
                     row = base_rows[i]
                 for b in range(samples):
                     c, total = np.int64(cells[b]), real(0)
-                    if c >= 0 and c < size:
+                    if exact > 0 and c >= 0 and c < size:
                         at = c * outputs
                         for o in range(whole_row):
                             part = act[b] * row[o] if base else real(0)
@@ -313,11 +326,9 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, exact: int, base: bool, rea
                             total += parts[o]
                     else:
                         if base:
-                            for o in range(outputs):
-                                total += grad[b, o] * act[b] * row[o]
+                            total += act[b] * _product(grad[b], row)
                         for r in range(max(-c, 0), min(rows - c, width)):
-                            for o in range(outputs):
-                                total += grad[b, o] * values[r, b] * w[(c + r) * outputs + o]
+                            total += values[r, b] * _product(grad[b], w[(c + r) * outputs : (c + r + 1) * outputs])
                     columns[i - first, b] = total  # the column is not needed any more
         if dot_d >= 0:
             for b in range(samples):
