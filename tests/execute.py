@@ -43,6 +43,8 @@ WARNINGS = ",".join(
         "error",
         # Python 3.12 warns at each fork of a process that has threads, as a DataLoader's workers are made on Linux.
         "ignore:This process:DeprecationWarning",
+        # python-dateutil before 2.9, which jupyter_client imports, under Python 3.12.
+        "ignore:datetime.datetime.utcfromtimestamp:DeprecationWarning",
         # ipykernel 7 warns about its own shutdown handler, and then cannot shut down.
         "ignore:For consistency across implementations:PendingDeprecationWarning",
         # matplotlib-inline warns about its own handler of `%config InlineBackend.figure_format = ...`.

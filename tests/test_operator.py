@@ -700,6 +700,19 @@ def test_cpu_kernels_are_compiled_once_and_found_again(tmp_path):
     assert kept[0] == kept[1] > 0, f"{kept[0]} compiled kernels after one run, {kept[1]} after the same run again"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_cpu_kernels_run_in_a_forked_process():
+    """As the workers of a DataLoader are made on Linux: the threads that helped in the parent are not there."""
+    pytest.importorskip("numba")
+    program = (
+        "import os, torch; from layers import FlashKAN; torch.set_num_threads(2); "
+        "layer, x = FlashKAN(40, 10), torch.rand(60, 40); y = layer(x); child = os.fork(); same = torch.equal(layer(x), y); "
+        "os._exit(not same) if child == 0 else exit(os.waitpid(child, 0)[1])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, env=environment, timeout=120)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # On a GPU alone
 

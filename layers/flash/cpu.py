@@ -7,8 +7,8 @@ for bit for a given number of threads. Cells, basis values and activations are c
 first, in loops that the compiler turns into vector instructions.
 
 The base branch is done here too, though it is an ordinary matrix product: PyTorch's threads keep a core busy for some
-milliseconds after each parallel operation, waiting for the next, and a kernel that starts meanwhile has to share it
-(one addition in PyTorch before a kernel of 1.7 ms made it 4.4 ms on two cores).
+milliseconds after each parallel operation, waiting for the next, and a kernel that runs meanwhile has to share it (4.4 ms
+on two cores instead of 1.7).
 
 The formulas are those of ``layers/flash/reference.py``. Compiled code is kept in ``__pycache__``.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -111,7 +112,7 @@ def _basis(x, f, scale, inv_h, values, order, d):
 def _exp(x):
     """``e^x`` for float32 from -87 to 88, to a rounding or two: ``2^n e^r`` with a Taylor polynomial for ``e^r``.
 
-    Four instructions of the compiler's vectors where the library's function takes one number at a time.
+    In a loop it becomes vector instructions, where the library's function takes one number at a time.
     """
     n = np.floor(x * np.float32(1 / LN2) + np.float32(0.5))
     r = np.float32(np.float64(x) - np.float64(n) * LN2)  # |r| <= log(2) / 2: the term left out is below 1e-8
@@ -352,6 +353,10 @@ def _sum(copies, y):
 @lru_cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="flashkan")
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _run_on_all(run, threads: int, chunks: int, *args) -> None:
