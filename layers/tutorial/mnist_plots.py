@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.collections import LineCollection
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from layers.tutorial.plots import BLUE, COLUMN, GREEN, GREY, INK, PALE, PURPLE, VERMILION, WASH, _beside, _figure
@@ -41,7 +42,7 @@ def learning(title: str, loss: Sequence[float], train: Sequence[float], test: Se
         right.plot(epochs, values, "o-", ms=4, color=color)
         _beside(right, (epochs[-1], values[-1]), f"{name} {values[-1]:.1%}", (7, -4), color)
     right.set_ylabel("accuracy")
-    right.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    right.yaxis.set_major_formatter(PercentFormatter(1))
     right.grid(axis="y", color=WASH)
     for ax in (left, right):
         ax.set_xlabel("epoch")
@@ -104,7 +105,7 @@ def against_grid(
         ax.minorticks_off()
         ax.set_xlim(sizes[0] * 0.8, sizes[-1] * 5)
         ax.set_xlabel("grid size G (intervals)")
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
         ax.grid(axis="y", color=WASH)
     left.set_ylabel("accuracy")
 
@@ -122,7 +123,7 @@ def against_penalty(
             ax.semilogx(lams, values, "o-", ms=5, color=color, label=f"G = {size}")
         ax.set_title(f"{which} differences (order = {order})")
         ax.set_xlabel("weight λ of the penalty")
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
         ax.grid(axis="y", color=WASH)
     if chosen is not None:
         axes[0].axvline(chosen, color=PALE, lw=8, alpha=0.5, zorder=0)
@@ -144,7 +145,7 @@ def bars(values: dict[str, Sequence[float]], highlight: str, label: str, low: fl
     ax.set_ylim(-0.6, len(values) - 0.4)
     top = max(max(found) for found in values.values())
     ax.set_xlim(low, top + 0.12 * (top - low))
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
+    ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.grid(axis="x", color=WASH)
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)
