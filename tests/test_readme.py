@@ -1,5 +1,6 @@
 """The README's example runs and prints what the README says."""
 
+import csv
 import re
 import subprocess
 import sys
@@ -23,3 +24,23 @@ def test_files_that_the_readme_names_exist():
     links = re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / "README.md").read_text())
     missing = [link for link in links if not (ROOT / link).exists()]
     assert links and not missing, f"README.md points to missing files: {missing}"
+
+
+def test_its_times_are_those_of_the_files():
+    doors = re.findall(r"^- \*\*I have (.+?)(?=^- |^$)", (ROOT / "README.md").read_text(), re.M | re.S)
+    for door, file, mode in zip(doors, ("cpu", "nvidia_h200"), ("eager", "graph"), strict=True):
+        with (ROOT / "data" / "timings" / f"{file}.csv").open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        said = [
+            float(n) * {"µs": 1, "ms": 1e3, "s": 1e6}[unit] for n, unit in re.findall(r"([\d.]+) (µs|ms|s)\b", door)
+        ]
+        wanted = [(layer, G) for layer in ("FlashKAN", "KANLinear") for G in ("5", "500")]
+        assert len(said) == len(wanted), f"{door}: {said}"
+        for number, (layer, G) in zip(said, wanted, strict=True):
+            is_it = {"layer": layer, "G": G, "B": "200", "O": "10", "pass": "forward+backward", "mode": mode}
+            is_it |= {"dtype": "float32", "tf32": "False"}
+            (row,) = (row for row in rows if is_it.items() <= row.items())
+            measured = float(row["median_us"])
+            assert abs(number / measured - 1) < 0.03, (
+                f"{layer} at G = {G}: README {number} µs, {file}.csv {measured} µs"
+            )
