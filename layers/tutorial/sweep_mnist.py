@@ -1,12 +1,13 @@
 """The long runs behind notebook 04, written to a CSV that the notebook plots.
 
-    python -m layers.tutorial.sweep_mnist                   # everything; minutes on a GPU, about two hours on 2 cores
-    python -m layers.tutorial.sweep_mnist --quick           # fewer grids, one seed of most; half an hour on 2 cores
+    python -m layers.tutorial.sweep_mnist                   # everything; minutes on a GPU, under an hour on 2 cores
+    python -m layers.tutorial.sweep_mnist --quick           # fewer grids, one seed of most; a quarter of that
     python -m layers.tutorial.sweep_mnist --parts network   # one part; the rows of the others stay in the file
 
 Parts: ``grid`` (accuracy against G, without and with the penalty), ``lambda`` (accuracy against its weight),
 ``ceiling`` (what might lift one layer further), ``network`` (two layers and three MLPs). Each run is one row, written
-as soon as it is done; a row whose part, name, G, order, lambda and seed come again replaces the old one.
+as soon as it is done; a row whose part, name, G, order, lambda and seed come again replaces the old one. ``seconds`` is
+wall time, whatever else the machine was doing: it says how long a run takes roughly, and is no comparison of layers.
 """
 
 from __future__ import annotations
