@@ -69,7 +69,7 @@ def published(tmp_path_factory):
 
 
 @every_notebook
-def test_starts_in_an_empty_folder(path, tmp_path, published, monkeypatch):
+def test_runs_in_an_empty_folder(path, tmp_path, published, monkeypatch):
     """Each runs to its end there, from a clone of this tree, without MNIST beside it."""
     notebook = read(path)
     setup = code_cells(notebook)[0]
