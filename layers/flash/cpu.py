@@ -152,11 +152,13 @@ def _silu(x, s, scale, out, now, before, d):
 
 
 @numba.njit(forceinline=True)
-def _turn(x, first, last, out):
-    """Columns ``first`` to ``last`` of ``x`` (B, I) as rows of ``out``; nothing if ``x`` is empty."""
+def _turned(x, first, last):
+    """Columns ``first`` to ``last`` of ``x`` (B, I) as rows; empty rows if ``x`` is empty, as a ``scale`` not given."""
+    out = np.empty((last - first, x.shape[0]), x.dtype)
     for b in range(x.shape[0]):
         for i in range(first, last):
             out[i - first, b] = x[b, i]
+    return out
 
 
 @numba.njit(forceinline=True, fastmath=FAST)
@@ -215,16 +217,13 @@ def _apply(order: int, d: int, exact: int, base: bool, real):
         first, last = chunk * features // chunks, (chunk + 1) * features // chunks
         y = copies[chunk]
         y[:] = real(0)
-        columns = np.empty((last - first, samples), real)
-        scales = np.empty((last - first if scale.shape[0] > 0 else 0, samples), real)
-        _turn(x, first, last, columns)
-        _turn(scale, first, last, scales)
+        columns, scales = _turned(x, first, last), _turned(scale, first, last)
         cells, f = np.empty(samples, np.int32), np.empty(samples, real)
         values = np.empty((width, samples), real)
         act, logistic = np.empty(samples, real), np.empty(samples, real)
         for i in range(first, last):
             column = columns[i - first]
-            s = scales[i - first] if scale.shape[0] > 0 else column[:0]
+            s = scales[i - first]
             _locate(column, lo, hi, inv_h, at_knots, size, cells, f, order)
             _basis(column, f, s, inv_h, values, order, d)
             w = last_weight if i == features - 1 else weight[i * rows * outputs :]
@@ -274,10 +273,7 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, exact: int, base: bool, rea
         size = rows - order
         whole_row = outputs if exact == 0 else lanes
         first, last = chunk * features // chunks, (chunk + 1) * features // chunks
-        columns = np.empty((last - first, samples), real)
-        scales = np.empty((last - first if scale.shape[0] > 0 else 0, samples), real)
-        _turn(x, first, last, columns)
-        _turn(scale, first, last, scales)
+        columns, scales = _turned(x, first, last), _turned(scale, first, last)
         cells, f = np.empty(samples, np.int32), np.empty(samples, real)
         values = np.empty((width, samples), real)
         act, logistic = np.empty(samples, real), np.empty(samples, real)
@@ -291,7 +287,7 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, exact: int, base: bool, rea
                 _logistic(column, logistic)
             _locate(column, lo, hi, inv_h, at_knots, size, cells, f, order)
             if scatter_d >= 0:
-                s = scales[i - first] if scale.shape[0] > 0 else none
+                s = scales[i - first]
                 _basis(column, f, s, inv_h, values, order, value_d)
                 local[:] = real(0)
                 for b in range(samples):

@@ -26,12 +26,15 @@ from layers.bsplines import local_basis, window_rows
 GROUP_NUMBERS = 2**24
 
 
+LOGISTIC = (0.0, 1.0)  # s itself as a polynomial in s
+
+
 def silu_terms(derivative: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The d-th and the (d - 1)-th derivative of the logistic function ``s`` as polynomials in ``s``, constant first.
 
     ``s' = s (1 - s)``, so differentiating once more is a rule for coefficients. For ``d = 0`` the second is ``s``.
     """
-    before, now = (0.0, 1.0), (0.0, 1.0)
+    before, now = LOGISTIC, LOGISTIC
     for _ in range(derivative):
         slopes = [n * c for n, c in enumerate(now)]  # s times the derivative of the polynomial
         before, now = now, tuple(a - b for a, b in zip(slopes + [0.0], [0.0] + slopes, strict=True))
@@ -41,7 +44,10 @@ def silu_terms(derivative: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def silu(x: Tensor, derivative: int = 0) -> Tensor:
     """The d-th derivative of ``x * s(x)`` with ``s`` the logistic function: ``x s^(d) + d s^(d-1)`` (Leibniz)."""
     s = torch.sigmoid(x)
-    now, before = (sum(c * s**n for n, c in enumerate(terms) if c) for terms in silu_terms(derivative))
+    # s itself is not computed again: the backward pass on a GPU calls this with derivative 0, and every step is a kernel.
+    now, before = (
+        s if terms == LOGISTIC else sum(c * s**n for n, c in enumerate(terms)) for terms in silu_terms(derivative)
+    )
     # x s(x) is 0 * inf at -inf; its limit and all its derivatives vanish there.
     return torch.where(x == -torch.inf, torch.zeros_like(x), x * now) + derivative * before
 
