@@ -734,8 +734,8 @@ def test_no_synchronisation_and_cuda_graph_capture(route):
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -37,21 +37,24 @@ def gpu_kernels():
     return gpu
 
 
-def dense_wins(samples: int, features: int, rows: int, outputs: int, dtype: torch.dtype, tf32: bool) -> bool:
-    """Whether, on a GPU, all rows and one matrix product beat the gather of ``k + 1`` rows.
+def dense_wins(
+    samples: int, features: int, rows: int, outputs: int, dtype: torch.dtype, tf32: bool, backward: bool
+) -> bool:
+    """Whether, on a GPU, all rows and matrix products beat the ``k + 1`` rows of a window; measured, see NOTES.md.
 
-    The product does ``rows / (k + 1)`` times the work at a much higher rate; the rate depends on the number format.
+    The products do ``rows / (k + 1)`` times the work at a much higher rate, which depends on the number format. The
+    backward pass has two of them and turns to the local route earlier.
     """
-    if outputs < 128 or samples < 256:
+    if outputs < 64 or samples < 256:
         return False
     if dtype in (torch.bfloat16, torch.float16):
         return rows <= 64
-    if dtype == torch.float32:
-        return rows <= (40 if tf32 else 10)
-    return False
+    if dtype == torch.float32 and tf32:
+        return rows <= (40 if backward else 64)
+    return dtype == torch.float32 and rows <= (10 if backward else 16)
 
 
-def kernels(x: Tensor, weight: Tensor, order: int, d: int, route: str):
+def kernels(x: Tensor, weight: Tensor, order: int, d: int, route: str, backward: bool = False):
     """The module whose ``apply`` and ``adjoint`` take this call; ``d`` is the highest derivative asked for."""
     if route == "reference":
         return reference
@@ -63,7 +66,7 @@ def kernels(x: Tensor, weight: Tensor, order: int, d: int, route: str):
         return reference
     if route == "auto":
         tf32 = torch.backends.cuda.matmul.allow_tf32
-        wins = x.is_cuda and dense_wins(*x.shape, weight.shape[1], weight.shape[2], weight.dtype, tf32)
+        wins = x.is_cuda and dense_wins(*x.shape, weight.shape[1], weight.shape[2], weight.dtype, tf32, backward)
         route = "dense" if wins else "local"
     return dense if route == "dense" else gpu
 
@@ -84,7 +87,7 @@ def apply(x, weight, base, scale, order, lo, hi, d, route) -> Tensor:
 
 def adjoint(grad, x, weight, base, scale, order, lo, hi, dot_d, scatter_d, route) -> tuple[Tensor, Tensor, Tensor]:
     """``dot``, ``scatter`` and its base part; an order of -1 leaves a result out (empty)."""
-    module = kernels(x, weight, order, max(dot_d, scatter_d), route)
+    module = kernels(x, weight, order, max(dot_d, scatter_d), route, backward=True)
     if not _autocast(x):
         return module.adjoint(grad, x, weight, base, scale, order, lo, hi, dot_d, scatter_d)
     with torch.autocast(x.device.type, enabled=False):

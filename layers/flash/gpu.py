@@ -1,4 +1,4 @@
-"""Runs the kernels of ``layers/flash/triton_kernels.py``: which tile for which shape, and nothing else.
+"""Runs the kernels of ``triton_forward.py`` and ``triton_backward.py``: which kernel and tile for which shape.
 
 The shapes are fixed by short measured rules, so that no reader waits for an autotuner; ``layers/flash/NOTES.md`` holds
 the measurements.
@@ -6,21 +6,23 @@ the measurements.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from layers.flash import reference, triton_kernels
+from layers.flash import triton_backward, triton_forward
 from layers.flash.launch import launch, on_device_of
 from layers.flash.reference import compute_dtype
 
 MAX_ORDER = 5
 MAX_DERIVATIVE = 2
 FEW_OUTPUTS = 32  # up to which one program takes all outputs of a sample
-ROWS_BY_TILE = 128  # of the gradient, up to which few outputs go by small matrix products
-SORTED_IN_KERNEL = 2048  # samples; above, torch.sort is faster than one program
-BASE_IN_SORT = 64  # outputs up to which the gradient of base_weight is made while sorting
-WARPS_WANTED = 1024  # about eight for each multiprocessor of the largest GPU measured
+FEW_ROWS = 56  # of the gradient, up to which all samples go through the products and nothing is sorted
+AT_ONCE = 2048  # samples; above, torch.sort is faster than one program that sorts
+ROWS_TILE = {"BM": 64, "BS": 32}  # few outputs, few rows: rows and samples of a product
+BASE_TILE = {"BM": 16, "BS": 64}  # few outputs: features and samples of a product for the base gradient
 
 
 def covers(weight: Tensor, order: int, d: int) -> bool:
@@ -37,6 +39,12 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the GPU has; a number of today's where Triton's interpreter runs on a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 def common(x: Tensor, weight: Tensor, order: int, lo: float, hi: float):
     """G, the grid's numbers for a kernel, and the dtype of the sums for Triton."""
     size = weight.shape[1] - order
@@ -44,19 +52,27 @@ def common(x: Tensor, weight: Tensor, order: int, lo: float, hi: float):
     return size, (float(lo), float(hi), size / (hi - lo)), tl.float64 if wide else tl.float32
 
 
-def few_tile(features: int, outputs: int) -> tuple[int, int, int]:
-    """Few outputs: features and outputs of a program's tile, and its warps."""
-    width = max(power_of_2(outputs), 4)
-    return min(2048 // width, power_of_2(features)), width, 8
+def _empty(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three results that are left out; PyTorch forbids an op whose results are one another."""
+    return x.new_empty(0), x.new_empty(0), x.new_empty(0)
 
 
-def many_tile(samples: int, features: int, outputs: int) -> tuple[int, int, int, int]:
+def _key(*tensors: Tensor | None) -> tuple:
+    """What decides the launches of a call, apart from its numbers: shapes, dtypes and the device."""
+    return tensors[1].device.index, *[None if t is None else (t.dtype, t.shape) for t in tensors]
+
+
+def many_tile(samples: int, features: int, rows: int, outputs: int, processors: int) -> tuple[int, int, int, int]:
     """Many outputs: samples and outputs of a program's tile, its warps, and into how many parts features are split."""
-    bb, warps = (128, 4) if samples >= 512 and outputs > 64 else (64, 2)
+    bb, warps = 64, 2
+    if samples >= 512 and outputs > 64 and rows <= 128:
+        bb, warps = 32, 1  # no barriers; with more rows too many of them would be read again by the next program
+    if samples >= 512 and outputs > 64 and rows > 256:
+        bb, warps = 128, 4
     bo = min(power_of_2(outputs), 64)
     programs = ceil_div(samples, bb) * ceil_div(outputs, bo)
     split = 1
-    while programs * split * warps < WARPS_WANTED and split * 32 <= features and split < 16:
+    while programs * split * warps < 8 * processors and split * 32 <= features and split < 16:
         split *= 2
     return bb, bo, warps, split
 
@@ -71,105 +87,59 @@ def apply(
     if samples == 0:
         return x.new_zeros(0, outputs, dtype=dtype)
     x, weight = x.contiguous(), weight.contiguous()
-    sums, few, scaled, has_base = compute_dtype(x, weight), outputs <= FEW_OUTPUTS, scale is not None, base is not None
+    sums, scaled, has_base = compute_dtype(x, weight), scale is not None, base is not None
+    key = _key(None, x, weight, base, scale) + (order, d)
     scale = scale.contiguous() if scaled else x
     base = base.contiguous() if has_base else weight
+    first_rows = torch.empty(samples * features, dtype=torch.int32, device=x.device)
+    values = torch.empty(order + 2, samples * features, dtype=sums, device=x.device)
+    constants = {"ORDER": order, "D": d, "CT": wide, "SCALED": scaled, "BASE": has_base}
     with on_device_of(x):
-        rows = torch.empty(features * samples, dtype=torch.int32, device=x.device)
-        values = torch.empty(order + 2, features, samples, dtype=sums, device=x.device)
-        acts = values[order + 1]
-        constants = {"ORDER": order, "D": d, "CT": wide, "SCALED": scaled, "BASE": has_base}
-        constants |= {"BY_SAMPLE": few, "BB": 32, "BI": 32}
-        launch(
-            triton_kernels.prepare_kernel,
-            (ceil_div(samples, 32), ceil_div(features, 32), 1),
-            (x, scale, rows, values, acts, samples, features, size, *numbers),
-            constants,
-            4,
-            0,
-        )
-        arrays = (rows, values, acts, weight, base)
-        if few:
+        if outputs <= FEW_OUTPUTS:
             y = torch.empty(samples, outputs, dtype=dtype, device=x.device)
-            bi, bo, warps = few_tile(features, outputs)
-            constants = {"ORDER": order, "CT": wide, "BASE": has_base, "BI": bi, "BO": bo}
-            sizes = (samples, features, outputs, size)
-            launch(triton_kernels.few_kernel, (samples, 1, 1), (*arrays, y, *sizes), constants, warps, outputs)
+            width = max(power_of_2(outputs), 4)
+            constants["BI"], constants["BO"] = min(2048 // width, power_of_2(features)), width
+            constants["ALL"] = min(power_of_2(features), 1024)
+            args = (x, scale, weight, base, first_rows, values, y, samples, features, outputs, size, *numbers)
+            launch(triton_forward.few_kernel, key, (samples,), args, constants, 8)
             return y
-        bb, bo, warps, split = many_tile(samples, features, outputs)
+        constants["BB"], constants["BI"] = 32, 32
+        acts = values[order + 1]
+        args = (x, scale, first_rows, values, acts, samples, features, size, *numbers)
+        grid = (ceil_div(samples, 32), ceil_div(features, 32))
+        launch(triton_forward.prepare_kernel, key, grid, args, constants, 4)
+        bb, bo, warps, split = many_tile(samples, features, weight.shape[1], outputs, multiprocessors(x.device))
         y = torch.empty(split, samples, outputs, dtype=dtype if split == 1 else sums, device=x.device)
         constants = {"ORDER": order, "CT": wide, "BASE": has_base, "WHOLE": outputs % bo == 0, "BB": bb, "BO": bo}
-        sizes = (samples, features, outputs, size, ceil_div(features, split))
+        args = (first_rows, values, acts, weight, base, y, samples, features, outputs, size, ceil_div(features, split))
         grid = (ceil_div(samples, bb), ceil_div(outputs, bo), split)
-        launch(triton_kernels.many_kernel, grid, (*arrays, y, *sizes), constants, warps, outputs)
+        launch(triton_forward.many_kernel, key, grid, args, constants, warps)
     return y[0] if split == 1 else y.sum(0).to(dtype)
 
 
-def tile_shape(samples: int, rows: int, outputs: int) -> tuple[int, int, int, int]:
-    """Few outputs: rows of a tile's frame, samples taken at a time, outputs of a program, its warps."""
-    return 16, 32 if samples >= 16 * rows else 16, max(16, power_of_2(outputs)), 1
+def tile_shape(samples: int, rows: int) -> tuple[int, int, int]:
+    """Few outputs: rows of a tile, samples taken at a time, warps."""
+    return (64, 16, 2) if rows > 700 else (32, 16 if samples < 16 * rows else 32, 1)
 
 
-def walk_shape(features: int, rows: int, outputs: int, order: int, wide: bool) -> tuple[int, int, int]:
-    """Many outputs: rows of a tile, outputs of a program, its warps."""
-    block = min(power_of_2(outputs), 128 if wide or order > 3 else 512)
-    programs = features * ceil_div(outputs, block)
-    parts = min(ceil_div(3072 if block <= 64 else 1024, programs), max(1, rows // 12))
-    return ceil_div(rows, parts), block, 1
+def walk_shape(
+    features: int, rows: int, outputs: int, order: int, wide: bool, processors: int
+) -> tuple[int, int, int | None]:
+    """Many outputs: rows of a tile, outputs of a program of one warp, and the registers it may use.
+
+    As many programs as run at the same time, and no more: where registers are the limit, 8 a multiprocessor with 512
+    outputs, 16 with 256. With many rows, waiting for weights takes longer than computing, and 16 wait better.
+    """
+    block = min(power_of_2(outputs), 128 if wide or order > 3 else 256 if rows > 256 else 512)
+    together = processors * min(8 * (512 // block), 32)
+    parts = max(1, min(together // (features * ceil_div(outputs, block)), rows // 10))
+    return ceil_div(rows, parts), block, 128 if block == 256 and order <= 3 and not wide else None
 
 
 def _precision(weight: Tensor) -> str:
     """How tensor cores multiply float32: as three TF32 products, which keep 22 bits, unless fewer are wanted."""
     narrow = weight.dtype in (torch.bfloat16, torch.float16) or torch.backends.cuda.matmul.allow_tf32
     return "tf32" if narrow else "tf32x3"
-
-
-def _sort(grad, x, weight, base, scale, order, dot_d, scatter_d, has_base, size, numbers, wide, step):
-    """Sorted keys, what lies behind them, the tiles' bounds, the bits of a sample; maybe the base gradient."""
-    (samples, features), outputs = x.shape, weight.shape[2]
-    bits = max(samples - 1, 1).bit_length()
-    key_dtype = torch.int32 if (size + 2 * order + 3).bit_length() + bits < 31 else torch.int64
-    in_kernel = samples <= SORTED_IN_KERNEL
-    with_gradient = base is not None and in_kernel and outputs <= BASE_IN_SORT
-    block = power_of_2(samples) if in_kernel else 1024
-    tiles = ceil_div(weight.shape[1], step)
-    sums = compute_dtype(x, weight)
-    keys = torch.empty(features, samples, dtype=key_dtype, device=x.device)
-    behind = torch.empty(features, samples, 2 * (order + 1), dtype=sums, device=x.device)
-    bounds = torch.empty(features, 2, tiles, dtype=torch.int32, device=x.device)
-    base_gradient = torch.empty_like(base) if with_gradient else None
-    what = {"ORDER": order, "DOT_D": dot_d, "SCATTER_D": scatter_d, "CT": wide, "SCALED": scale is not None}
-    what["BASE"] = has_base
-    constants = {"BASE_GRADIENT": with_gradient, "SORT": in_kernel, "NB": block, "BITS": bits}
-    constants |= {"BC": 32, "BO": power_of_2(outputs) if with_gradient else 1}
-    scale = x if scale is None else scale
-    arrays = (x, scale, grad, keys, behind, bounds, base_gradient if with_gradient else keys)
-    launch(
-        triton_kernels.sort_kernel,
-        (features, ceil_div(samples, block), 1),
-        (*arrays, samples, features, outputs, size, step, tiles, *numbers),
-        what | constants,
-        4,
-        outputs,
-    )
-    if not in_kernel:
-        keys = keys.sort(dim=1).values
-        cells = torch.arange(tiles, device=x.device, dtype=key_dtype) * step
-        reach = cells + (1 if scatter_d >= 0 else order + 1)
-        beyond = cells + (step + order + 1)
-        reach[:1].fill_(0)  # filled, not assigned: an assignment would copy from the CPU and wait
-        beyond[-1:].fill_(size + 2 * order + 2)
-        edges = (torch.stack([reach, beyond]) << bits).flatten().expand(features, -1).contiguous()
-        bounds = torch.searchsorted(keys, edges, out_int32=True)
-        launch(
-            triton_kernels.order_kernel,
-            (features, ceil_div(samples, 256), 1),
-            (x, scale, keys, behind, samples, features, numbers[0], numbers[2]),
-            what | {"BITS": bits, "BN": 256},
-            4,
-            0,
-        )
-    return keys, behind, bounds, bits, base_gradient
 
 
 def adjoint(
@@ -185,45 +155,134 @@ def adjoint(
     scatter_d: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dot`` and ``scatter``; see ``layers/flash/reference.py``. An order of -1 leaves a result out (empty)."""
-    size, numbers, wide = common(x, weight, order, lo, hi)
-    (samples, features), outputs, all_rows = x.shape, weight.shape[2], weight.shape[1]
-    none = x.new_empty(0)
+    samples = x.shape[0]
     if samples == 0:
-        p = torch.empty_like(x) if dot_d >= 0 else none
+        p = torch.empty_like(x) if dot_d >= 0 else x.new_empty(0)
         v = torch.zeros_like(weight) if scatter_d >= 0 else x.new_empty(0)
         return p, v, torch.zeros_like(base) if scatter_d >= 0 and base is not None else x.new_empty(0)
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     base = None if base is None else base.contiguous()
     scale = None if scale is None else scale.contiguous()
-    by_tile = outputs <= FEW_OUTPUTS and all_rows <= ROWS_BY_TILE and wide == tl.float32
-    if by_tile:
-        frame, chunk, block, warps = tile_shape(samples, all_rows, outputs)
-        step = frame - order
-    else:
-        step, block, warps = walk_shape(features, all_rows, outputs, order, wide == tl.float64)
+    # Products on tensor cores: not in float64, not with basis functions that jump, as they do not look for cells.
+    few = weight.shape[2] <= FEW_OUTPUTS and compute_dtype(x, weight) == torch.float32 and samples <= AT_ONCE
+    few = few and order - scatter_d >= 1
     with on_device_of(x):
-        keys, behind, bounds, bits, b = _sort(
-            grad, x, weight, base if scatter_d >= 0 else None, scale, order, dot_d, scatter_d, base is not None,
-            size, numbers, wide, step,
-        )  # fmt: skip
-        blocks, tiles = ceil_div(outputs, block), ceil_div(all_rows, step)
-        kind = x.dtype if blocks == 1 else compute_dtype(x, weight)
-        dots = torch.empty(blocks, samples, features, dtype=kind, device=x.device) if dot_d >= 0 else none
-        v = torch.empty_like(weight) if scatter_d >= 0 else none
-        arrays = (grad, weight, weight if base is None else base, keys, behind, bounds, dots, v)
-        what = {"ORDER": order, "DOT_D": dot_d, "SCATTER_D": scatter_d, "CT": wide, "BASE": base is not None}
-        what["BITS"] = bits
-        if by_tile:
-            kernel, sizes = triton_kernels.tile_kernel, (samples, features, outputs, size, tiles)
-            what |= {"PRECISION": _precision(weight), "TR": frame, "BS": chunk, "BO": block}
-        else:
-            kernel, sizes = triton_kernels.walk_kernel, (samples, features, outputs, size, step, tiles)
-            what["BO"] = block
-        launch(kernel, (features, tiles, blocks), (*arrays, *sizes), what, warps, outputs)
+        run = _few if few else _many
+        return run(grad, x, weight, base, scale, order, lo, hi, dot_d, scatter_d)
+
+
+def _few(grad, x, weight, base, scale, order, lo, hi, dot_d, scatter_d) -> tuple[Tensor, Tensor, Tensor]:
+    size, numbers, wide = common(x, weight, order, lo, hi)
+    (samples, features), (_, rows, outputs), device = x.shape, weight.shape, x.device
+    dots, v, b = _empty(x)
+    first_rows = values = dots
+    scaled, has_base, precision = scale is not None, base is not None, _precision(weight)
+    at_once = rows <= FEW_ROWS or scatter_d < 0
+    frame, chunk, warps = tile_shape(samples, rows)
+    tiles = ceil_div(rows, frame)
+    bases = row_programs = gathers = 0
+    gather = {"BI": 64 if at_once else 32 * warps, "BO": max(power_of_2(outputs), 4)}
+    if dot_d >= 0:
+        dots = torch.empty_like(x)
+        first_rows = torch.empty(samples * features, dtype=torch.int32, device=device)
+        values = torch.empty(order + 2, samples * features, dtype=torch.float32, device=device)
+        gathers = samples * ceil_div(features, gather["BI"])
+    if scatter_d >= 0:
+        v = torch.empty_like(weight)
+        if has_base:
+            b = torch.empty_like(base)
+            bases = ceil_div(features, (ROWS_TILE if at_once else BASE_TILE)["BM"])
+        row_programs = ceil_div(features * rows, ROWS_TILE["BM"])
+    key = _key(grad, x, weight, base, scale) + (order, dot_d, scatter_d, precision)
+    scale, base = x if scale is None else scale, weight if base is None else base
+    what = {"ORDER": order, "DOT_D": dot_d, "SCATTER_D": scatter_d, "CT": wide, "SCALED": scaled, "BASE": has_base}
+    width = {"BN": max(power_of_2(outputs), 16)}
+    if at_once:
+        args = (x, scale, grad, weight, base, first_rows, values, dots, v, b)
+        args += (samples, features, outputs, size, bases, row_programs, *numbers)
+        constants = what | {"PRECISION": precision} | ROWS_TILE | width | gather
+        launch(triton_backward.rows_kernel, key, (bases + row_programs + gathers,), args, constants, 4)
+        return dots, v, b
+    keys, bits = _keys(x, size, order)
+    places = torch.empty(features, samples, dtype=torch.float32, device=device)
+    bounds = torch.empty(features, 2, tiles, dtype=torch.int32, device=device)
+    args = (x, scale, grad, keys, places, places, places, bounds, b)
+    args += (samples, features, outputs, size, frame, tiles, features, *numbers)
+    constants = what | {"FEW": has_base, "ACTS": False, "SORT": True, "NB": power_of_2(samples), "BITS": bits}
+    constants |= {"PRECISION": precision} | BASE_TILE | width
+    launch(triton_backward.sort_kernel, key, (features + bases,), args, constants, 2)
+    args = (x, scale, grad, weight, base, keys, places, bounds, first_rows, values, dots, v)
+    args += (samples, features, outputs, size, tiles, features * tiles, *numbers)
+    constants = what | {"BITS": bits, "PRECISION": precision, "BM": frame, "BS": chunk} | width | gather
+    launch(triton_backward.tile_kernel, key, (features * tiles + gathers,), args, constants, warps)
+    return dots, v, b
+
+
+def _keys(x: Tensor, size: int, order: int) -> tuple[Tensor, int]:
+    """Room for the sorted keys (I, B), and how many of a key's bits hold the sample."""
+    bits = max(x.shape[0] - 1, 1).bit_length()
+    dtype = torch.int32 if (size + 2 * order + 3).bit_length() + bits < 31 else torch.int64
+    return torch.empty(x.shape[1], x.shape[0], dtype=dtype, device=x.device), bits
+
+
+def _sorted(x, weight, scale, key, order, dot_d, scatter_d, has_base, size, numbers, wide, step):
+    """Keys, places, slopes and bounds for the walk, SiLU's values (I, B) for the base gradient, and a key's bits."""
+    samples, features = x.shape
+    in_kernel = samples <= AT_ONCE
+    tiles, sums = ceil_div(weight.shape[1], step), compute_dtype(x, weight)
+    keys, bits = _keys(x, size, order)
+    block = power_of_2(samples) if in_kernel else 1024
+    slopes_too, acts_too = has_base and dot_d >= 0, has_base and scatter_d >= 0
+    places = torch.empty(features, samples, dtype=sums, device=x.device)
+    slopes = torch.empty_like(places) if slopes_too else places
+    acts = torch.empty_like(places) if acts_too else places
+    bounds = torch.empty(features, 2, tiles, dtype=torch.int32, device=x.device)
+    scaled, scale = scale is not None, x if scale is None else scale
+    what = {"ORDER": order, "DOT_D": dot_d, "SCATTER_D": scatter_d, "CT": wide, "SCALED": scaled, "BASE": has_base}
+    constants = what | {"FEW": False, "ACTS": acts_too, "SORT": in_kernel, "NB": block, "BITS": bits}
+    constants |= {"PRECISION": "ieee", "BM": 16, "BS": 16, "BN": 16}  # of the part left out
+    sorters = features * ceil_div(samples, block)
+    args = (x, scale, x, keys, places, slopes, acts, bounds, x)
+    args += (samples, features, weight.shape[2], size, step, tiles, sorters, *numbers)
+    launch(triton_backward.sort_kernel, (key, step), (sorters,), args, constants, 4)
+    if not in_kernel:
+        keys = keys.sort(dim=1).values
+        cells = torch.arange(tiles, device=x.device, dtype=keys.dtype) * step
+        reach = cells + (1 if scatter_d >= 0 else order + 1)
+        beyond = cells + (step + order + 1)
+        reach[:1].fill_(0)  # filled, not assigned: an assignment would copy from the CPU and wait
+        beyond[-1:].fill_(size + 2 * order + 2)
+        edges = (torch.stack([reach, beyond]) << bits).flatten().expand(features, -1).contiguous()
+        bounds = torch.searchsorted(keys, edges, out_int32=True)
+        constants = {"ORDER": order, "DOT_D": dot_d, "CT": wide, "SLOPES": slopes_too, "BITS": bits, "BN": 256}
+        args = (x, keys, places, slopes, samples, features, numbers[0], numbers[2])
+        launch(triton_backward.place_kernel, key, (features, ceil_div(samples, 256)), args, constants, 4)
+    return keys, places, slopes, bounds, acts if acts_too else None, bits
+
+
+def _many(grad, x, weight, base, scale, order, lo, hi, dot_d, scatter_d) -> tuple[Tensor, Tensor, Tensor]:
+    size, numbers, wide = common(x, weight, order, lo, hi)
+    (samples, features), (_, rows, outputs), sums = x.shape, weight.shape, compute_dtype(x, weight)
+    has_base = base is not None
+    processors = multiprocessors(x.device)
+    step, block, registers = walk_shape(features, rows, outputs, order, wide == tl.float64, processors)
+    key = _key(grad, x, weight, base, scale) + (order, dot_d, scatter_d)
+    keys, places, slopes, bounds, acts, bits = _sorted(
+        x, weight, scale, key, order, dot_d, scatter_d, has_base, size, numbers, wide, step
+    )
+    blocks, tiles = ceil_div(outputs, block), ceil_div(rows, step)
+    dots, v, b = _empty(x)
+    if dot_d >= 0:
+        dots = torch.empty(blocks, samples, features, dtype=x.dtype if blocks == 1 else sums, device=x.device)
+    if scatter_d >= 0:
+        v = torch.empty_like(weight)
+    what = {"ORDER": order, "DOT_D": dot_d, "SCATTER_D": scatter_d, "CT": wide, "SCALED": scale is not None}
+    what |= {"BASE": has_base, "BITS": bits, "BO": block, "WHOLE": outputs % block == 0}
+    arrays = (grad, x if scale is None else scale, weight, base if has_base else weight)
+    args = (*arrays, keys, places, slopes, bounds, dots, v, samples, features, outputs, size, step, tiles, numbers[2])
+    launch(triton_backward.walk_kernel, key, (features, tiles, blocks), args, what, 1, registers=registers)
     if dot_d >= 0:
         dots = dots[0] if blocks == 1 else dots.sum(0).to(x.dtype)
-    if scatter_d >= 0 and base is not None and b is None:
-        act = reference.silu(x.to(compute_dtype(x, weight)), scatter_d)
-        act = act if scale is None else act * scale
-        b = (act.t() @ grad.to(act.dtype)).to(base.dtype)
-    return dots, v if scatter_d >= 0 else x.new_empty(0), x.new_empty(0) if b is None else b
+    if acts is not None:
+        b = (acts @ grad.to(sums)).to(base.dtype)
+    return dots, v, b

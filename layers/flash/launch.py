@@ -1,52 +1,66 @@
 """Launches a Triton kernel with less work on the CPU: the compiled kernel is looked up by what decides its code.
 
-``kernel[grid](...)`` inspects every argument on every call, which takes longer than a small kernel runs. Here the key
-is made of the constants, the tensors' dtypes and alignments and the one integer that kernels are specialised on.
+``kernel[grid](...)`` inspects every argument on every call, which takes longer than a small kernel runs. Here the caller
+names what its launch depends on, and only the addresses are looked at again.
 """
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
-_compiled: dict[tuple, object] = {}
-_LARGE = 2**31 - 1
+_runners: dict[tuple, object] = {}
+_MOST = 4096  # launches remembered; a loop over ever new batch sizes must not fill the memory
+_NOTHING = contextlib.nullcontext()
 
 
-def _kind(argument):
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    return argument > _LARGE if isinstance(argument, int) else None
-
-
-def launch(kernel, grid: tuple[int, int, int], args: tuple, constants: dict, warps: int, outputs: int) -> None:
+def launch(
+    kernel,
+    key: tuple,
+    grid: tuple[int, ...],
+    args: tuple,
+    constants: dict,
+    warps: int,
+    stages: int = 1,
+    registers: int | None = None,
+) -> None:
     """Runs ``kernel`` on the current device and stream.
 
     Args:
         kernel: the function made by ``triton.jit``; its parameters are ``args``, then the keys of ``constants``.
-        grid: three numbers of programs.
-        args: tensors, integers and floats; integers other than ``outputs`` must not be specialised on.
+        key: hashable; determines everything below but the addresses: device, dtypes, integers, constants, warps.
+        grid: numbers of programs, one to three.
+        args: tensors, integers and floats.
         constants: values of its ``tl.constexpr`` parameters, in their order.
         warps: warps of a program.
-        outputs: the integer that Triton specialises on (whether it is 1, whether 16 divides it).
+        stages: loads in flight in the loops of matrix products.
+        registers: the most that a thread may use; by default the compiler decides.
     """
-    on_gpu = args[0].is_cuda
-    key = (
-        kernel,
-        warps,
-        args[0].device.index,
-        outputs == 1,
-        outputs % 16 == 0,
-        *constants.values(),
-        *[_kind(a) for a in args],
-    )
-    compiled = _compiled.get(key) if on_gpu else None
-    if compiled is None:
-        _compiled[key] = kernel[grid](*args, **constants, num_warps=warps)
-    else:
-        compiled[grid](*args, *constants.values())
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    if not args[0].is_cuda:  # Triton's interpreter
+        kernel[grid](*args, **constants, **options)
+        return
+    plain, aligned = [], 1
+    for arg in args:
+        if isinstance(arg, Tensor):
+            arg = arg.data_ptr()
+            aligned = 2 * aligned + (arg % 16 == 0)  # Triton loads 16 bytes at a time where it may
+        plain.append(arg)
+    key = (kernel.__name__, aligned, key)
+    runner = _runners.get(key)
+    if runner is not None:
+        runner(*plain, *constants.values())
+        return
+    if len(_runners) >= _MOST:
+        _runners.clear()
+    compiled = kernel[grid](*args, **constants, **options)
+    _runners[key] = compiled[(*grid, 1, 1)[:3]]
 
 
 def on_device_of(x: Tensor):
     """Makes the tensor's device the current one, where Triton launches; costs nothing when it already is."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NOTHING
     return torch.cuda.device_of(x)

@@ -4,9 +4,9 @@
 ``layers/flash/reference.py`` in one pass over the inputs. The gradient of either is written with the two again, so
 double backward and beyond cost no more memory than the first.
 
-Both exist twice: as ops in ``torch.library``, opaque to ``torch.compile`` and ``torch.export``, which see the shapes
-given here; and as ``autograd.Function``, for eager calls, where the way through the op costs more than small kernels
-take, and for ``torch.func``, which the op's own autograd does not support.
+Both exist three times: as ops in ``torch.library``, opaque to ``torch.compile`` and ``torch.export``, which see the
+shapes given here; as ``autograd.Function`` for eager calls, where the way through the op costs more than small kernels
+take; and as one that ``torch.func`` can transform, which the op's own autograd does not support.
 """
 
 from __future__ import annotations
@@ -155,33 +155,67 @@ adjoint_op.register_vmap(lambda info, in_dims, *args: _one_at_a_time(adjoint_op,
 
 
 class Apply(torch.autograd.Function):
-    """``apply`` outside of compilation."""
+    """``apply`` for eager calls. Without ``setup_context``, whose way into PyTorch takes as long as a kernel."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _apply_setup(ctx, inputs, None)
+        return dispatch.apply(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _apply_backward(ctx, grad, _eager_adjoint())
+
+
+class Adjoint(torch.autograd.Function):
+    """``adjoint`` for eager calls."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _adjoint_setup(ctx, inputs, None)
+        return dispatch.adjoint(*inputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        apply = TransformedApply if torch._C._are_functorch_transforms_active() else Apply
+        return _adjoint_backward(ctx, *grads, apply.apply, _eager_adjoint())
+
+
+class TransformedApply(torch.autograd.Function):
+    """``apply`` inside ``torch.func``'s transforms."""
 
     forward = staticmethod(dispatch.apply)
     setup_context = staticmethod(_apply_setup)
 
     @staticmethod
     def backward(ctx, grad):
-        return _apply_backward(ctx, grad, Adjoint.apply if torch.is_grad_enabled() else dispatch.adjoint)
+        return _apply_backward(ctx, grad, TransformedAdjoint.apply)
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _apply_rule(Apply.apply, info, in_dims, args)
+        return _apply_rule(TransformedApply.apply, info, in_dims, args)
 
 
-class Adjoint(torch.autograd.Function):
-    """``adjoint`` outside of compilation."""
+class TransformedAdjoint(torch.autograd.Function):
+    """``adjoint`` inside ``torch.func``'s transforms."""
 
     forward = staticmethod(dispatch.adjoint)
     setup_context = staticmethod(_adjoint_setup)
 
     @staticmethod
     def backward(ctx, *grads):
-        return _adjoint_backward(ctx, *grads, Apply.apply, Adjoint.apply)
+        return _adjoint_backward(ctx, *grads, TransformedApply.apply, TransformedAdjoint.apply)
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _one_at_a_time(Adjoint.apply, info.batch_size, in_dims, args)
+        return _one_at_a_time(TransformedAdjoint.apply, info.batch_size, in_dims, args)
+
+
+def _eager_adjoint():
+    """How a backward pass calls ``adjoint``: recorded only where it will be differentiated again."""
+    if torch._C._are_functorch_transforms_active():
+        return TransformedAdjoint.apply
+    return Adjoint.apply if torch.is_grad_enabled() else dispatch.adjoint
 
 
 def _traced(*tensors: Tensor | None) -> bool:
@@ -229,20 +263,19 @@ def flash_kan(
     for name, tensor in (("x", x), ("spline_weight", spline_weight), ("base_weight", base_weight)):
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
-    check_grid(1, spline_order, grid_range)
+    lo, hi = check_grid(1, spline_order, grid_range)
     if spline_weight.ndim != 3 or spline_weight.shape[1] <= spline_order:
         raise ValueError(
             f"spline_weight must have shape (I, G + k, O) with G >= 1 and k = {spline_order}, "
             f"got {tuple(spline_weight.shape)}"
         )
-    features, rows, outputs = spline_weight.shape
+    features, _, outputs = spline_weight.shape
     if x.ndim == 0 or x.shape[-1] != features:
         raise ValueError(f"x must have shape (*, {features}), got {tuple(x.shape)}")
     if base_weight is not None and base_weight.shape != (features, outputs):
         raise ValueError(f"base_weight must have shape ({features}, {outputs}), got {tuple(base_weight.shape)}")
     if route not in dispatch.ROUTES:
         raise ValueError(f"route must be one of {dispatch.ROUTES}, got {route!r}")
-    lo, hi = check_grid(rows - spline_order, spline_order, grid_range)
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         narrow = torch.get_autocast_dtype(kind)
@@ -250,7 +283,11 @@ def flash_kan(
             spline_weight = spline_weight.to(narrow)
         if base_weight is not None and base_weight.dtype == torch.float32:
             base_weight = base_weight.to(narrow)
-    flat, route = x.reshape(-1, features), route or "auto"
-    run = apply_op if _traced(x, spline_weight, base_weight) else Apply.apply
-    y = run(flat, spline_weight, base_weight, None, spline_order, lo, hi, 0, route)
-    return y.reshape(*x.shape[:-1], outputs)
+    flat = x if x.ndim == 2 else x.reshape(-1, features)
+    run = Apply.apply
+    if _traced(x, spline_weight, base_weight):
+        run = apply_op
+    elif torch._C._are_functorch_transforms_active():
+        run = TransformedApply.apply
+    y = run(flat, spline_weight, base_weight, None, spline_order, lo, hi, 0, route or "auto")
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], outputs)
