@@ -1,12 +1,15 @@
 """The GPU kernels against float64, without a GPU: ``TRITON_INTERPRET=1 python -m tests.interpreted``.
 
 Triton reads the variable when it is imported, so this runs in a process of its own. Cases: every degree, odd sizes,
-collisions, samples outside, a scale, higher derivatives, both ways to sort, both backward kernels.
+collisions, samples outside, a scale, higher derivatives, both ways to sort, all backward kernels, those of the dense
+route, LazyAdam.
 """
 
 import torch
+import triton.language as tl
 
-from layers.flash import gpu, reference
+from layers.bsplines import dense_basis
+from layers.flash import dense, gpu, reference, triton_adam, triton_dense
 
 CASES = [  # B, I, O, G, k
     (17, 3, 10, 5, 3),
@@ -40,8 +43,49 @@ def largest_error(case: tuple, scaled: bool, d: int, dtype: torch.dtype) -> floa
     return max(((a.double() - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in pairs)
 
 
+def relative(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((value.double() - exact).norm() / exact.norm()).item()
+
+
+def dense_errors(case: tuple, d: int) -> tuple[float, float]:
+    """Of all basis values, and of ``dot`` by products on tensor cores."""
+    samples, features, outputs, size, order = case
+    torch.manual_seed(samples)
+    x, weight = torch.randn(samples, features), torch.randn(features, size + order, outputs)
+    base, grad = torch.randn(features, outputs), torch.randn(samples, outputs)
+    values = torch.empty(samples * features, size + order)
+    triton_dense.basis_kernel[(samples * features // 16 + 1,)](
+        x, x, values, x.numel(), size, -1.0, 1.0, size / 2, ORDER=order, D=d, CT=tl.float32, SCALED=False, BN=16, BR=8
+    )
+    exact = [t.double() for t in (grad, x, weight, base)]
+    wanted = dense_basis(exact[1], size, order, (-1.0, 1.0), derivative=d).flatten(0, 1)
+    if order == d:  # jumps: no product
+        return relative(values, wanted), 0.0
+    p = dense._dot(grad, x, weight, base, order, -1.0, 1.0, d)
+    return relative(values, wanted), relative(p, reference.dot(*exact, order, -1.0, 1.0, d))
+
+
+def adam_error() -> float:
+    """Of a step of LazyAdam on rows of which two have no gradient."""
+    weight, grad, m, v = torch.rand(4, 7, 33)
+    grad[2], grad[5] = 0, -0.0
+    exact = [t.double() for t in (weight, grad, m, v)]
+    t, (beta1, beta2), lr, eps = 3.0, (0.9, 0.999), 0.1, 1e-3
+    triton_adam.update(weight, grad, m, v, torch.tensor(t, dtype=torch.float64), lr, (beta1, beta2), eps)
+    w, g, m_exact, v_exact = exact
+    rows = g.ne(0).any(1, keepdim=True)
+    m_exact = torch.where(rows, beta1 * m_exact + (1 - beta1) * g, m_exact)
+    v_exact = torch.where(rows, beta2 * v_exact + (1 - beta2) * g * g, v_exact)
+    step = lr * m_exact / (1 - beta1**t) / ((v_exact / (1 - beta2**t)).sqrt() + eps)
+    return max(map(relative, (weight, m, v), (torch.where(rows, w - step, w), m_exact, v_exact)))
+
+
 def main() -> None:
     checked = 0
+    for case, d in (((40, 19, 40, 5, 3), 1), ((7, 3, 33, 6, 1), 0), ((9, 4, 20, 3, 5), 2), ((9, 4, 20, 4, 0), 0)):
+        assert max(dense_errors(case, d)) < 1e-6, (case, d)
+        checked += 1
+    assert adam_error() < 1e-6
     for in_kernel in (2048, 8):
         gpu.AT_ONCE = in_kernel  # 8: the keys are sorted by torch instead
         for case in CASES if in_kernel == 2048 else CASES[:1] + CASES[-2:]:

@@ -37,6 +37,7 @@ SHAPES = {
     "512-512": (1024, 512, 512),
     "784-64": (1024, 784, 64),
     "1024-1024": (4096, 1024, 1024),
+    "256-256": (8192, 256, 256),
     "8-4": (64, 8, 4),
 }
 PASSES = ("forward", "forward+backward", "+Adam")
@@ -87,7 +88,11 @@ def jobs(device: str, quick: bool = False) -> Iterator[Job]:
     yield from (Job(name, "8-4", 5) for name in (*main, "Regular_KAN"))
     if quick:
         return
-    for shape, grids, dense_grids in (("784-64", GRIDS, some), ("1024-1024", some, some[:3])):
+    for shape, grids, dense_grids in (
+        ("784-64", GRIDS, some),
+        ("1024-1024", some, some[:3]),
+        ("256-256", some, some[:2]),
+    ):
         yield Job("nn.Linear", shape, 5)
         yield from (Job("FlashKAN", shape, G) for G in grids)
         yield from (Job("KANLinear", shape, G) for G in dense_grids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -147,24 +148,33 @@ class Epoch:
     """Training steps of a model on images that lie on its device: step by step, or replayed as one CUDA graph.
 
     The order of the images is drawn on the device, and a counter there says which batch is next, so that a replay
-    needs nothing from Python. Adam with a learning rate of 1e-3, cross-entropy.
+    needs nothing from Python. Cross-entropy, and Adam with a learning rate of 1e-3 unless another optimiser is given.
 
     Args:
         model: maps (batch, I) to (batch, classes), on the device of the images.
         images: floating, (N, I). labels: int64, (N,).
         batch: samples of a step, default 200; what is left over at the end of an epoch is skipped.
-        graph: on a GPU, record the batch's index, forward, loss, backward and Adam once, and replay them.
+        graph: on a GPU, record the batch's index, forward, loss, backward and optimiser once, and replay them.
         seed: of the order of the images.
+        optimiser: makes one from a list of weights; one that can be captured, if ``graph``.
     """
 
     def __init__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, batch: int = 200, graph: bool = False, seed: int = 0
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        batch: int = 200,
+        graph: bool = False,
+        seed: int = 0,
+        optimiser: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     ) -> None:
         if graph and not images.is_cuda:
             raise ValueError(f"graph=True needs images on a CUDA device, got {images.device}")
         self.model, self.images, self.labels, self.batch = model, images, labels, batch
         self.weights = list(model.parameters())
-        self.adam = torch.optim.Adam(self.weights, lr=1e-3, fused=True, capturable=graph)
+        adam = functools.partial(torch.optim.Adam, lr=1e-3, fused=True, capturable=graph)
+        self.optimiser = (optimiser or adam)(self.weights)
         self.steps = len(images) // batch
         self.generator = torch.Generator(images.device).manual_seed(seed)
         self.order = torch.arange(len(images), device=images.device)
@@ -178,18 +188,18 @@ class Epoch:
         loss = nn.functional.cross_entropy(self.model(self.images[index]), self.labels[index])
         for weight, slope in zip(self.weights, torch.autograd.grad(loss, self.weights), strict=True):
             weight.grad = slope
-        self.adam.step()
+        self.optimiser.step()
         self.loss.copy_(loss.detach())
         self.next += self.batch
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         before = copy.deepcopy([weight.detach() for weight in self.weights])
         graph = capture(self.step)
-        # The warm-up trained: put the weights and Adam's memory back, in place, where the graph will find them.
+        # The warm-up trained: put the weights and the optimiser's memory back, in place, where the graph will find them.
         with torch.no_grad():
             for weight, old in zip(self.weights, before, strict=True):
                 weight.copy_(old)
-                for value in self.adam.state[weight].values():
+                for value in self.optimiser.state[weight].values():
                     value.zero_()
         return graph
 
