@@ -45,6 +45,12 @@ WARNINGS = ",".join(
         "ignore:This process:DeprecationWarning",
         # python-dateutil before 2.9, which jupyter_client imports, under Python 3.12.
         "ignore:datetime.datetime.utcfromtimestamp:DeprecationWarning",
+        # PyTorch on a GPU, at the first cuBLAS call of the thread that goes backwards.
+        "ignore:Attempting to run cuBLAS:UserWarning",
+        # And where a graph is warmed up on a stream of its own, as PyTorch asks for.
+        "ignore:The AccumulateGrad node:UserWarning",
+        # tornado asks for the event loop, before ipykernel has made one, under Python 3.12.
+        "ignore:There is no current event loop:DeprecationWarning",
         # ipykernel 7 warns about its own shutdown handler, and then cannot shut down.
         "ignore:For consistency across implementations:PendingDeprecationWarning",
         # matplotlib-inline warns about its own handler of `%config InlineBackend.figure_format = ...`.
