@@ -6,6 +6,8 @@ size ``B * I * R`` outlives a call: the basis is made again in the backward pass
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -81,11 +83,19 @@ def adjoint(
     return p, v, b
 
 
+TILES_BYTES = 128 * 1024  # shared memory that the tiles of our own product take
+
+
+@functools.cache
+def _room_for_tiles(device: torch.device) -> bool:
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= TILES_BYTES
+
+
 def _on_tensor_cores(x: Tensor, weight: Tensor, base: Tensor | None, order: int, d: int) -> bool:
     """Whether ``dot`` goes through our own product: three TF32 products beat one in float32, if rows are not padded."""
     same = x.dtype == weight.dtype == torch.float32 and (base is None or base.dtype == torch.float32)
-    plain = x.is_cuda and not torch.backends.cuda.matmul.allow_tf32
-    return plain and same and weight.shape[1] <= 8 and 1 <= order <= 5 and d <= 2 and order - d >= 1
+    small = weight.shape[1] <= 8 and 1 <= order <= 5 and d <= 2 and order - d >= 1
+    return x.is_cuda and same and small and not torch.backends.cuda.matmul.allow_tf32 and _room_for_tiles(x.device)
 
 
 def _dot(grad, x, weight, base, order, lo, hi, d) -> Tensor:
