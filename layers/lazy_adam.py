@@ -39,6 +39,12 @@ class LazyAdam(torch.optim.Optimizer):
             raise ValueError(f"eps must be at least 0, got {eps!r}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        # PyTorch moves what it loads to the weights, but for a step count, which the kernel reads on their device.
+        for weight, kept in self.state.items():
+            kept["step"] = kept["step"].to(weight.device)
+
     @torch.no_grad()
     def step(self, closure=None):
         """One step; ``closure`` as for every optimiser of PyTorch, and its loss returned."""

@@ -86,6 +86,16 @@ def test_it_trains_and_its_state_can_be_saved():
     assert other.state[layer.spline_weight]["step"] == 60
 
 
+def test_a_loaded_state_lies_where_the_weights_are():
+    saved, moved = copies((4, 3), "cpu", torch.float32)
+    saved.grad = torch.ones_like(saved)
+    adam = LazyAdam([saved])
+    adam.step()
+    other = LazyAdam([torch.nn.Parameter(moved.detach().to("meta"))])
+    other.load_state_dict(adam.state_dict())
+    assert {kept.device.type for kept in other.state[other.param_groups[0]["params"][0]].values()} == {"meta"}
+
+
 @pytest.mark.gpu
 @no_cuda
 def test_a_captured_step_counts_on():
