@@ -24,13 +24,19 @@ from functools import lru_cache
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba.extending import intrinsic
 from torch import Tensor
 
 from layers.bsplines import knots
 from layers.flash.reference import compute_dtype, silu_terms
 
-# No assumption about NaN and infinity: they must come through.
-FAST = {"contract", "nsz", "arcp", "reassoc"}
+# The compiler keeps a loop twice, as vector instructions and one number at a time, and takes the second where two arrays
+# lie close together in memory. Both round alike only where the order of operations is left as written and fused
+# multiply-adds are asked for by name; a plain sum over one array has a single version, whatever lies beside it, and may be
+# taken in any order. No assumption about NaN and infinity: they must come through.
+AS_WRITTEN = {"nsz"}
+ANY_ORDER = {"nsz", "reassoc", "contract"}
 # Outputs for which a kernel is compiled for exactly that number: as a number that the compiler knows, rounded up to whole
 # vectors, it makes the inner loop 3 times as fast.
 EXACT = range(8, 65)
@@ -44,7 +50,19 @@ ALONE = 2**14  # samples times features times outputs that one thread does befor
 
 # Functions of the module, not closures: what a compiled function captures goes into the name under which Numba keeps
 # it, and a captured function has another name in every process, so that nothing would ever be found again.
-@numba.njit(forceinline=True, fastmath=FAST)
+@intrinsic
+def _fma(typing, a, b, c):
+    """``a * b + c`` for numbers of one type, rounded once where the processor can."""
+
+    def generate(context, builder, signature, args):
+        real = args[0].type
+        function = builder.module.declare_intrinsic("llvm.fmuladd", [real], ir.FunctionType(real, [real] * 3))
+        return builder.call(function, args)
+
+    return a(a, a, a), generate
+
+
+@numba.njit(forceinline=True, fastmath=AS_WRITTEN)
 def _window(f, inv_h, values, order, d):
     """The window's basis values, or d-th derivatives, at all ``f`` (B,), into ``values`` (k + 1, B)."""
     real, samples, degree = values.dtype.type, f.shape[0], max(order - d, 0)
@@ -55,8 +73,8 @@ def _window(f, inv_h, values, order, d):
             values[n, b] = f[b] * values[n - 1, b] * inverse
         for r in range(n - 1, 0, -1):
             for b in range(samples):
-                left, right = (f[b] + real(n - r)) * values[r - 1, b], (real(1 + r) - f[b]) * values[r, b]
-                values[r, b] = (left + right) * inverse
+                right = (real(1 + r) - f[b]) * values[r, b]
+                values[r, b] = _fma(f[b] + real(n - r), values[r - 1, b], right) * inverse
         for b in range(samples):
             values[0, b] = (real(1) - f[b]) * values[0, b] * inverse
     for n in range(degree + 1, order + 1):
@@ -70,7 +88,7 @@ def _window(f, inv_h, values, order, d):
         values[: order + 1] = real(0)
 
 
-@numba.njit(forceinline=True, fastmath=FAST, error_model="numpy")
+@numba.njit(forceinline=True, fastmath=AS_WRITTEN, error_model="numpy")
 def _locate(x, lo, hi, inv_h, at_knots, size, cells, f, order):
     """The cell of every sample of one feature and the position in it, as :func:`layers.bsplines.locate`.
 
@@ -94,7 +112,7 @@ def _locate(x, lo, hi, inv_h, at_knots, size, cells, f, order):
         f[b] = u - c
 
 
-@numba.njit(forceinline=True, fastmath=FAST, error_model="numpy")
+@numba.njit(forceinline=True, fastmath=AS_WRITTEN, error_model="numpy")
 def _basis(x, f, scale, inv_h, values, order, d):
     """Basis values (or d-th derivatives) of all samples of one feature, times ``scale`` unless it is empty."""
     real = x.dtype.type
@@ -108,21 +126,21 @@ def _basis(x, f, scale, inv_h, values, order, d):
                 values[r, b] *= scale[b]
 
 
-@numba.njit(forceinline=True)
+@numba.njit(forceinline=True, fastmath=AS_WRITTEN)
 def _exp(x):
     """``e^x`` for float32 from -87 to 88, to a rounding or two: ``2^n e^r`` with a Taylor polynomial for ``e^r``.
 
     In a loop it becomes vector instructions, where the library's function takes one number at a time.
     """
     n = np.floor(x * np.float32(1 / LN2) + np.float32(0.5))
-    r = np.float32(np.float64(x) - np.float64(n) * LN2)  # |r| <= log(2) / 2: the term left out is below 1e-8
+    r = np.float32(_fma(np.float64(n), -LN2, np.float64(x)))  # |r| <= log(2) / 2: the term left out is below 1e-8
     p = np.float32(1 / 5040)
     for inverse in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
-        p = p * r + np.float32(inverse)
+        p = _fma(p, r, np.float32(inverse))
     return p * np.int32((np.int32(n) + 127) << 23).view(np.float32)  # the exponent's bits of 2^n
 
 
-@numba.njit(forceinline=True, fastmath=FAST, error_model="numpy")
+@numba.njit(forceinline=True, fastmath=AS_WRITTEN, error_model="numpy")
 def _logistic(x, s):
     real = x.dtype.type
     for b in range(x.shape[0]):
@@ -134,18 +152,18 @@ def _logistic(x, s):
             s[b] = real(1) / (real(1) + np.exp(-x[b]))
 
 
-@numba.njit(forceinline=True, fastmath=FAST, error_model="numpy")
+@numba.njit(forceinline=True, fastmath=AS_WRITTEN, error_model="numpy")
 def _silu(x, s, scale, out, now, before, d):
     """The d-th derivative of SiLU from ``s``, the logistic function of ``x``; ``now``, ``before``: ``silu_terms``."""
     real = x.dtype.type
     for b in range(x.shape[0]):
         p, q, power = real(0), real(0), real(1)
         for n in range(len(now)):
-            p += real(now[n]) * power
+            p = _fma(real(now[n]), power, p)
             if n < len(before):
-                q += real(before[n]) * power
+                q = _fma(real(before[n]), power, q)
             power *= s[b]
-        out[b] = (real(0) if x[b] == -np.inf else x[b] * p) + real(d) * q
+        out[b] = _fma(real(d), q, real(0) if x[b] == -np.inf else x[b] * p)
     if scale.shape[0] > 0:
         for b in range(x.shape[0]):
             out[b] *= scale[b]
@@ -161,14 +179,14 @@ def _turned(x, first, last):
     return out
 
 
-@numba.njit(forceinline=True, fastmath=FAST)
+@numba.njit(forceinline=True, fastmath=AS_WRITTEN)
 def _add(total, factor, row):
     """``total`` += ``factor`` * ``row``, to the length of ``row``."""
     for o in range(row.shape[0]):
-        total[o] += factor * row[o]
+        total[o] = _fma(factor, row[o], total[o])
 
 
-@numba.njit(forceinline=True, fastmath=FAST)
+@numba.njit(forceinline=True, fastmath=ANY_ORDER)
 def _product(a, row):
     """The sum of ``a[o] * row[o]`` over the length of ``row``."""
     total = a.dtype.type(0)
@@ -177,18 +195,27 @@ def _product(a, row):
     return total
 
 
-@numba.njit(forceinline=True, fastmath=FAST)
+@numba.njit(forceinline=True, fastmath=ANY_ORDER)
+def _total(row):
+    """The sum of ``row``."""
+    total = row.dtype.type(0)
+    for o in range(row.shape[0]):
+        total += row[o]
+    return total
+
+
+@numba.njit(forceinline=True, fastmath=AS_WRITTEN)
 def _add_rows(factors, rows, total):
     """``total`` (n,) += ``factors`` (B,) times ``rows`` (B, n), four at a time: each sum waits for the one before."""
     fours = rows.shape[0] // 4 * 4
     for b in range(0, fours, 4):
         for o in range(total.shape[0]):
-            total[o] += (factors[b] * rows[b, o] + factors[b + 1] * rows[b + 1, o]) + (
-                factors[b + 2] * rows[b + 2, o] + factors[b + 3] * rows[b + 3, o]
-            )
+            one = _fma(factors[b], rows[b, o], factors[b + 1] * rows[b + 1, o])
+            two = _fma(factors[b + 2], rows[b + 2, o], factors[b + 3] * rows[b + 3, o])
+            total[o] += one + two
     for b in range(fours, rows.shape[0]):
         for o in range(total.shape[0]):
-            total[o] += factors[b] * rows[b, o]
+            total[o] = _fma(factors[b], rows[b, o], total[o])
 
 
 def lanes_of(exact: int) -> int:
@@ -207,7 +234,7 @@ def _apply(order: int, d: int, exact: int, base: bool, real):
     width, lanes = order + 1, lanes_of(exact)
     now, before = silu_terms(d)
 
-    @numba.njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
+    @numba.njit(nogil=True, fastmath=AS_WRITTEN, error_model="numpy", cache=True)
     def run(chunk, chunks, x, scale, weight, last_weight, base_rows, copies, lo, hi, inv_h, at_knots, number):
         samples, features = x.shape
         outputs = number if exact == 0 else exact
@@ -238,9 +265,9 @@ def _apply(order: int, d: int, exact: int, base: bool, real):
                     for o in range(whole_row):
                         total = y[b, o]
                         if base:
-                            total += act[b] * row[o]
+                            total = _fma(act[b], row[o], total)
                         for r in range(width):
-                            total += values[r, b] * w[at + r * outputs + o]
+                            total = _fma(values[r, b], w[at + r * outputs + o], total)
                         y[b, o] = total
                 else:
                     if base:
@@ -262,7 +289,7 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, exact: int, base: bool, rea
     slope_now, slope_before = silu_terms(slope_d)
     value_now, value_before = silu_terms(value_d)
 
-    @numba.njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
+    @numba.njit(nogil=True, fastmath=AS_WRITTEN, error_model="numpy", cache=True)
     def run(
         chunk, chunks, grad, x, scale, weight, last_weight, base_rows, dots, gradient, base_gradient,
         lo, hi, inv_h, at_knots, number,
@@ -295,7 +322,8 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, exact: int, base: bool, rea
                     if exact > 0 and c >= 0 and c < size:
                         for o in range(whole_row):
                             for r in range(width):
-                                local[(c + r) * whole_row + o] += values[r, b] * grad[b, o]
+                                n = (c + r) * whole_row + o
+                                local[n] = _fma(values[r, b], grad[b, o], local[n])
                     else:
                         for r in range(max(-c, 0), min(rows - c, width)):
                             _add(local[(c + r) * whole_row : (c + r + 1) * whole_row], values[r, b], grad[b])
@@ -317,15 +345,15 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, exact: int, base: bool, rea
                         for o in range(whole_row):
                             part = act[b] * row[o] if base else real(0)
                             for r in range(width):
-                                part += values[r, b] * w[at + r * outputs + o]
+                                part = _fma(values[r, b], w[at + r * outputs + o], part)
                             parts[o] = grad[b, o] * part
-                        for o in range(outputs):
-                            total += parts[o]
+                        total = _total(parts[:outputs])
                     else:
                         if base:
-                            total += act[b] * _product(grad[b], row)
+                            total = _fma(act[b], _product(grad[b], row), total)
                         for r in range(max(-c, 0), min(rows - c, width)):
-                            total += values[r, b] * _product(grad[b], w[(c + r) * outputs : (c + r + 1) * outputs])
+                            part = _product(grad[b], w[(c + r) * outputs : (c + r + 1) * outputs])
+                            total = _fma(values[r, b], part, total)
                     columns[i - first, b] = total  # the column is not needed any more
         if dot_d >= 0:
             for b in range(samples):
