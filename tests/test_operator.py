@@ -303,6 +303,23 @@ def test_bit_identical_wherever_the_arrays_lie():
         assert all(torch.equal(a, b) for a, b in zip(got, first, strict=True)), f"another result in call {n}"
 
 
+@pytest.mark.parametrize("outputs", (1, 3, 5, 33, 65))
+def test_an_infinite_weight_is_met_only_by_who_uses_it(outputs, route, device):
+    """Kernels read whole vectors, beyond the last output into the next row: nothing of that may come through."""
+    layout = {"dtype": torch.float64, "device": device}
+    x = torch.linspace(-1.49, 1.53, 61, **layout).reshape(-1, 1).requires_grad_()  # none on a knot: 0 * inf is NaN
+    weight = torch.ones(1, 11, outputs, **layout)
+    weight[0, 5, 0] = torch.inf
+    weight.requires_grad_()
+    y = flash_kan(x, weight, None, route=route)
+    grad = torch.autograd.grad(y.sum(), x)[0]
+    assert y[:, 1:].isfinite().all()
+    meets = dense_basis(x.detach(), 8, 3)[:, 0, 5] != 0
+    assert meets.any()
+    if route != "dense":  # a product over all rows multiplies it by zero
+        assert torch.equal(~y[:, 0].isfinite(), meets) and torch.equal(~grad[:, 0].isfinite(), meets)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 @pytest.mark.parametrize("size, ends", ((3, (-1, 1)), (49, (0, 1)), (100, (-1, 1)), (500, (0.1, 0.7))))
 def test_the_side_of_a_knot(size, ends, dtype, route):

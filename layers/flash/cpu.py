@@ -4,7 +4,8 @@ Features are cut into chunks, and threads take one chunk after another. The weig
 are in the cache, whatever ``G`` is; in ``apply`` every chunk adds into its own copy of ``y``, in ``adjoint`` a feature's
 rows of the gradient belong to one chunk, so nothing is ever added to by two threads at once and a result repeats bit
 for bit for a given number of threads. Cells, basis values and activations are computed for all samples of a feature
-first, in loops that the compiler turns into vector instructions.
+first, in loops that the compiler turns into vector instructions; rows of outputs are vectors of a known length, see
+``layers/flash/vectors.py``.
 
 The base branch is done here too, though it is an ordinary matrix product: PyTorch's threads keep a core busy for some
 milliseconds after each parallel operation, waiting for the next, and a kernel that runs meanwhile has to share it (4.4 ms
@@ -24,23 +25,17 @@ from functools import lru_cache
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba.extending import intrinsic
 from torch import Tensor
 
 from layers.bsplines import knots
 from layers.flash.reference import compute_dtype, silu_terms
+from layers.flash.vectors import first, fma, load, store, total
 
 # The compiler keeps a loop twice, as vector instructions and one number at a time, and takes the second where two arrays
 # lie close together in memory. Both round alike only where the order of operations is left as written and fused
-# multiply-adds are asked for by name; a plain sum over one array has a single version, whatever lies beside it, and may be
-# taken in any order. No assumption about NaN and infinity: they must come through.
+# multiply-adds are asked for by name. No assumption about NaN and infinity: they must come through.
 AS_WRITTEN = {"nsz"}
-ANY_ORDER = {"nsz", "reassoc", "contract"}
-# Outputs for which a kernel is compiled for exactly that number: as a number that the compiler knows, rounded up to whole
-# vectors, it makes the inner loop 3 times as fast.
-EXACT = range(8, 65)
-VECTOR = 8
+WIDEST = 64  # numbers of a vector; more outputs are taken in blocks
 LN2 = math.log(2)
 CHUNKS = 4  # for each thread: one that is held up by other work leaves the rest to the others
 COPIES_NUMBERS = 2**26  # the chunks' copies of y together stay below this many numbers
@@ -50,18 +45,6 @@ ALONE = 2**14  # samples times features times outputs that one thread does befor
 
 # Functions of the module, not closures: what a compiled function captures goes into the name under which Numba keeps
 # it, and a captured function has another name in every process, so that nothing would ever be found again.
-@intrinsic
-def _fma(typing, a, b, c):
-    """``a * b + c`` for numbers of one type, rounded once where the processor can."""
-
-    def generate(context, builder, signature, args):
-        real = args[0].type
-        function = builder.module.declare_intrinsic("llvm.fmuladd", [real], ir.FunctionType(real, [real] * 3))
-        return builder.call(function, args)
-
-    return a(a, a, a), generate
-
-
 @numba.njit(forceinline=True, fastmath=AS_WRITTEN)
 def _window(f, inv_h, values, order, d):
     """The window's basis values, or d-th derivatives, at all ``f`` (B,), into ``values`` (k + 1, B)."""
@@ -74,7 +57,7 @@ def _window(f, inv_h, values, order, d):
         for r in range(n - 1, 0, -1):
             for b in range(samples):
                 right = (real(1 + r) - f[b]) * values[r, b]
-                values[r, b] = _fma(f[b] + real(n - r), values[r - 1, b], right) * inverse
+                values[r, b] = fma(f[b] + real(n - r), values[r - 1, b], right) * inverse
         for b in range(samples):
             values[0, b] = (real(1) - f[b]) * values[0, b] * inverse
     for n in range(degree + 1, order + 1):
@@ -133,10 +116,10 @@ def _exp(x):
     In a loop it becomes vector instructions, where the library's function takes one number at a time.
     """
     n = np.floor(x * np.float32(1 / LN2) + np.float32(0.5))
-    r = np.float32(_fma(np.float64(n), -LN2, np.float64(x)))  # |r| <= log(2) / 2: the term left out is below 1e-8
+    r = np.float32(fma(np.float64(n), -LN2, np.float64(x)))  # |r| <= log(2) / 2: the term left out is below 1e-8
     p = np.float32(1 / 5040)
     for inverse in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
-        p = _fma(p, r, np.float32(inverse))
+        p = fma(p, r, np.float32(inverse))
     return p * np.int32((np.int32(n) + 127) << 23).view(np.float32)  # the exponent's bits of 2^n
 
 
@@ -159,11 +142,11 @@ def _silu(x, s, scale, out, now, before, d):
     for b in range(x.shape[0]):
         p, q, power = real(0), real(0), real(1)
         for n in range(len(now)):
-            p = _fma(real(now[n]), power, p)
+            p = fma(real(now[n]), power, p)
             if n < len(before):
-                q = _fma(real(before[n]), power, q)
+                q = fma(real(before[n]), power, q)
             power *= s[b]
-        out[b] = _fma(real(d), q, real(0) if x[b] == -np.inf else x[b] * p)
+        out[b] = fma(real(d), q, real(0) if x[b] == -np.inf else x[b] * p)
     if scale.shape[0] > 0:
         for b in range(x.shape[0]):
             out[b] *= scale[b]
@@ -179,112 +162,71 @@ def _turned(x, first, last):
     return out
 
 
-@numba.njit(forceinline=True, fastmath=AS_WRITTEN)
-def _add(total, factor, row):
-    """``total`` += ``factor`` * ``row``, to the length of ``row``."""
-    for o in range(row.shape[0]):
-        total[o] = _fma(factor, row[o], total[o])
+def lanes_of(outputs: int) -> int:
+    """How many outputs the innermost loops take at a time; rows are filled up to a multiple of it.
 
-
-@numba.njit(forceinline=True, fastmath=ANY_ORDER)
-def _product(a, row):
-    """The sum of ``a[o] * row[o]`` over the length of ``row``."""
-    total = a.dtype.type(0)
-    for o in range(row.shape[0]):
-        total += a[o] * row[o]
-    return total
-
-
-@numba.njit(forceinline=True, fastmath=ANY_ORDER)
-def _total(row):
-    """The sum of ``row``."""
-    total = row.dtype.type(0)
-    for o in range(row.shape[0]):
-        total += row[o]
-    return total
-
-
-@numba.njit(forceinline=True, fastmath=AS_WRITTEN)
-def _add_rows(factors, rows, total):
-    """``total`` (n,) += ``factors`` (B,) times ``rows`` (B, n), four at a time: each sum waits for the one before."""
-    fours = rows.shape[0] // 4 * 4
-    for b in range(0, fours, 4):
-        for o in range(total.shape[0]):
-            one = _fma(factors[b], rows[b, o], factors[b + 1] * rows[b + 1, o])
-            two = _fma(factors[b + 2], rows[b + 2, o], factors[b + 3] * rows[b + 3, o])
-            total[o] += one + two
-    for b in range(fours, rows.shape[0]):
-        for o in range(total.shape[0]):
-            total[o] = _fma(factors[b], rows[b, o], total[o])
-
-
-def lanes_of(exact: int) -> int:
-    """How many numbers a row has that holds ``exact`` outputs in whole vectors."""
-    return -(-exact // VECTOR) * VECTOR
+    A power of two, since a vector of 40 numbers is taken apart into single ones, and the next one, so that what is read
+    behind the last row of a feature is less than the next feature has.
+    """
+    return min(1 << (outputs - 1).bit_length(), WIDEST)
 
 
 @lru_cache
-def _apply(order: int, d: int, exact: int, base: bool, real):
-    """Compiles ``apply`` for one degree, derivative and number of outputs (``exact``; 0: any).
+def _apply(order: int, d: int, lanes: int, base: bool, real):
+    """Compiles ``apply`` for one degree, derivative and length of vectors.
 
-    Rows of ``y`` and ``base_rows`` have :func:`lanes_of` numbers then, and a row of the weights is read to that length:
-    what follows it goes to where nobody looks. So that the last row may be read too, the weights of the last feature
-    come once more in ``last_weight``, with room behind them.
+    Rows of ``y`` and ``base_rows`` are filled up to whole vectors, and rows of the weights are read that far: what
+    follows one goes to where nobody looks. So that the last row may be read too, the weights of the last feature come
+    once more in ``last_weight``, with room behind them.
     """
-    width, lanes = order + 1, lanes_of(exact)
+    width = order + 1
     now, before = silu_terms(d)
 
     @numba.njit(nogil=True, fastmath=AS_WRITTEN, error_model="numpy", cache=True)
-    def run(chunk, chunks, x, scale, weight, last_weight, base_rows, copies, lo, hi, inv_h, at_knots, number):
+    def run(chunk, chunks, x, scale, weight, last_weight, base_rows, copies, lo, hi, inv_h, at_knots, outputs, row):
         samples, features = x.shape
-        outputs = number if exact == 0 else exact
         rows = weight.shape[0] // (features * outputs)
         size = rows - order
-        whole_row = outputs if exact == 0 else lanes
-        first, last = chunk * features // chunks, (chunk + 1) * features // chunks
+        first_feature, last_feature = chunk * features // chunks, (chunk + 1) * features // chunks
         y = copies[chunk]
         y[:] = real(0)
-        columns, scales = _turned(x, first, last), _turned(scale, first, last)
+        columns, scales = _turned(x, first_feature, last_feature), _turned(scale, first_feature, last_feature)
         cells, f = np.empty(samples, np.int32), np.empty(samples, real)
         values = np.empty((width, samples), real)
         act, logistic = np.empty(samples, real), np.empty(samples, real)
-        for i in range(first, last):
-            column = columns[i - first]
-            s = scales[i - first]
+        for i in range(first_feature, last_feature):
+            column = columns[i - first_feature]
+            s = scales[i - first_feature]
             _locate(column, lo, hi, inv_h, at_knots, size, cells, f, order)
             _basis(column, f, s, inv_h, values, order, d)
             w = last_weight if i == features - 1 else weight[i * rows * outputs :]
             if base:
                 _logistic(column, logistic)
                 _silu(column, logistic, s, act, now, before, d)
-                row = base_rows[i]
-            for b in range(samples):
-                c = np.int64(cells[b])
-                if exact > 0 and c >= 0 and c < size:
-                    at = c * outputs
-                    for o in range(whole_row):
-                        total = y[b, o]
-                        if base:
-                            total = _fma(act[b], row[o], total)
-                        for r in range(width):
-                            total = _fma(values[r, b], w[at + r * outputs + o], total)
-                        y[b, o] = total
-                else:
+            for o in range(0, row, lanes):
+                for b in range(samples):
+                    c = np.int64(cells[b])
+                    part = load(y, b * row + o, lanes)
                     if base:
-                        _add(y[b], act[b], row)
-                    for r in range(max(-c, 0), min(rows - c, width)):
-                        _add(y[b], values[r, b], w[(c + r) * outputs : (c + r + 1) * outputs])
+                        part = fma(act[b], load(base_rows, i * row + o, lanes), part)
+                    if c >= 0 and c < size:
+                        for r in range(width):
+                            part = fma(values[r, b], load(w, (c + r) * outputs + o, lanes), part)
+                    else:
+                        for r in range(max(-c, 0), min(rows - c, width)):
+                            part = fma(values[r, b], load(w, (c + r) * outputs + o, lanes), part)
+                    store(part, y, b * row + o)
 
     return run
 
 
 @lru_cache
-def _adjoint(order: int, dot_d: int, scatter_d: int, exact: int, base: bool, real):
-    """Compiles ``dot`` and ``scatter`` together; an order of -1 leaves that half out. ``exact``: see ``_apply``.
+def _adjoint(order: int, dot_d: int, scatter_d: int, lanes: int, base: bool, real):
+    """Compiles ``dot`` and ``scatter`` together; an order of -1 leaves that half out. ``lanes``: see ``_apply``.
 
     The rows of ``grad`` and ``base_rows`` are filled up with zeros.
     """
-    width, lanes = order + 1, lanes_of(exact)
+    width = order + 1
     slope_d, value_d = max(dot_d, 0), max(scatter_d, 0)
     slope_now, slope_before = silu_terms(slope_d)
     value_now, value_before = silu_terms(value_d)
@@ -292,86 +234,84 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, exact: int, base: bool, rea
     @numba.njit(nogil=True, fastmath=AS_WRITTEN, error_model="numpy", cache=True)
     def run(
         chunk, chunks, grad, x, scale, weight, last_weight, base_rows, dots, gradient, base_gradient,
-        lo, hi, inv_h, at_knots, number,
+        lo, hi, inv_h, at_knots, outputs, row,
     ):  # fmt: skip
         samples, features = x.shape
-        outputs = number if exact == 0 else exact
         rows = weight.shape[0] // (features * outputs)
         size = rows - order
-        whole_row = outputs if exact == 0 else lanes
-        first, last = chunk * features // chunks, (chunk + 1) * features // chunks
-        columns, scales = _turned(x, first, last), _turned(scale, first, last)
+        first_feature, last_feature = chunk * features // chunks, (chunk + 1) * features // chunks
+        columns, scales = _turned(x, first_feature, last_feature), _turned(scale, first_feature, last_feature)
         cells, f = np.empty(samples, np.int32), np.empty(samples, real)
         values = np.empty((width, samples), real)
         act, logistic = np.empty(samples, real), np.empty(samples, real)
-        local = np.empty(rows * whole_row if scatter_d >= 0 else 0, real)
-        local_base, parts = np.empty(whole_row, real), np.empty(whole_row, real)
-        for i in range(first, last):
-            column = columns[i - first]
+        local = np.empty(rows * row if scatter_d >= 0 else 0, real)
+        nothing, local_base = np.zeros(lanes, real), np.empty(row, real)
+        for i in range(first_feature, last_feature):
+            column = columns[i - first_feature]
             none = column[:0]
             w = last_weight if i == features - 1 else weight[i * rows * outputs :]
             if base:
                 _logistic(column, logistic)
             _locate(column, lo, hi, inv_h, at_knots, size, cells, f, order)
             if scatter_d >= 0:
-                s = scales[i - first]
+                s = scales[i - first_feature]
                 _basis(column, f, s, inv_h, values, order, value_d)
-                local[:] = real(0)
-                for b in range(samples):
-                    c = np.int64(cells[b])
-                    if exact > 0 and c >= 0 and c < size:
-                        for o in range(whole_row):
-                            for r in range(width):
-                                n = (c + r) * whole_row + o
-                                local[n] = _fma(values[r, b], grad[b, o], local[n])
-                    else:
-                        for r in range(max(-c, 0), min(rows - c, width)):
-                            _add(local[(c + r) * whole_row : (c + r + 1) * whole_row], values[r, b], grad[b])
-                gradient[i] = local.reshape(rows, whole_row)[:, :outputs]
                 if base:
                     _silu(column, logistic, s, act, value_now, value_before, value_d)
-                    local_base[:] = real(0)
-                    _add_rows(act, grad, local_base)
+                local[:] = real(0)
+                for o in range(0, row, lanes):
+                    sums = load(nothing, 0, lanes)
+                    for b in range(samples):
+                        c, g = np.int64(cells[b]), load(grad, b * row + o, lanes)
+                        if base:
+                            sums = fma(act[b], g, sums)
+                        if c >= 0 and c < size:
+                            for r in range(width):
+                                at = (c + r) * row + o
+                                store(fma(values[r, b], g, load(local, at, lanes)), local, at)
+                        else:
+                            for r in range(max(-c, 0), min(rows - c, width)):
+                                at = (c + r) * row + o
+                                store(fma(values[r, b], g, load(local, at, lanes)), local, at)
+                    store(sums, local_base, o)
+                gradient[i] = local.reshape(rows, row)[:, :outputs]
+                if base:
                     base_gradient[i] = local_base[:outputs]
             if dot_d >= 0:
                 _basis(column, f, none, inv_h, values, order, slope_d)
                 if base:
                     _silu(column, logistic, none, act, slope_now, slope_before, slope_d)
-                    row = base_rows[i]
                 for b in range(samples):
-                    c, total = np.int64(cells[b]), real(0)
-                    if exact > 0 and c >= 0 and c < size:
-                        at = c * outputs
-                        for o in range(whole_row):
-                            part = act[b] * row[o] if base else real(0)
-                            for r in range(width):
-                                part = _fma(values[r, b], w[at + r * outputs + o], part)
-                            parts[o] = grad[b, o] * part
-                        total = _total(parts[:outputs])
-                    else:
+                    c, sums = np.int64(cells[b]), load(nothing, 0, lanes)
+                    for o in range(0, row, lanes):
+                        part = load(nothing, 0, lanes)
                         if base:
-                            total = _fma(act[b], _product(grad[b], row), total)
-                        for r in range(max(-c, 0), min(rows - c, width)):
-                            part = _product(grad[b], w[(c + r) * outputs : (c + r + 1) * outputs])
-                            total = _fma(values[r, b], part, total)
-                    columns[i - first, b] = total  # the column is not needed any more
+                            part = fma(act[b], load(base_rows, i * row + o, lanes), part)
+                        if c >= 0 and c < size:
+                            for r in range(width):
+                                part = fma(values[r, b], load(w, (c + r) * outputs + o, lanes), part)
+                        else:
+                            for r in range(max(-c, 0), min(rows - c, width)):
+                                part = fma(values[r, b], load(w, (c + r) * outputs + o, lanes), part)
+                        sums = fma(load(grad, b * row + o, lanes), first(part, outputs - o), sums)
+                    columns[i - first_feature, b] = total(sums)  # the column is not needed any more
         if dot_d >= 0:
             for b in range(samples):
-                for i in range(first, last):
-                    dots[b, i] = columns[i - first, b]
+                for i in range(first_feature, last_feature):
+                    dots[b, i] = columns[i - first_feature, b]
 
     return run
 
 
 @numba.njit(nogil=True, cache=True)
-def _sum(copies, y):
-    """The sum over copies (n, B, lanes or O) into ``y`` (B, O)."""
+def _sum(copies, y, row):
+    """The sum over copies (n, B * row) into ``y`` (B, O)."""
     for b in range(y.shape[0]):
         for o in range(y.shape[1]):
-            y[b, o] = copies[0, b, o]
+            y[b, o] = copies[0, b * row + o]
         for n in range(1, copies.shape[0]):
             for o in range(y.shape[1]):
-                y[b, o] += copies[n, b, o]
+                y[b, o] += copies[n, b * row + o]
 
 
 @lru_cache
@@ -408,10 +348,10 @@ class _Call:
         self.dtype = compute_dtype(x, weight)
         real = self.real = np.float64 if self.dtype == torch.float64 else np.float32
         (features, rows, outputs), size = weight.shape, weight.shape[1] - order
-        self.exact = outputs if outputs in EXACT else 0
-        self.row = lanes_of(self.exact) or outputs
+        self.lanes = lanes_of(outputs)
+        self.row = -(-outputs // self.lanes) * self.lanes
         self.x, self.scale = self.array(x), self.array(scale if scale is not None else torch.empty(0, 0))
-        wide = weight.detach().to(self.dtype).reshape(-1)
+        wide = weight.detach().to(self.dtype).contiguous().view(-1)
         room = wide.new_zeros(self.row - outputs)
         self.weights = wide.numpy(), torch.cat([wide[(features - 1) * rows * outputs :], room]).numpy()
         self.base = self.rows(base if base is not None else torch.empty(0, outputs))
@@ -419,7 +359,7 @@ class _Call:
         if d >= order:
             inner = knots(size, order, (lo, hi), dtype=self.dtype).numpy()
             at_knots = np.concatenate([[np.nan], inner, [np.nan]], dtype=real)  # nothing is changed beyond the last
-        self.numbers = real(lo), real(hi), real(size / (hi - lo)), at_knots, outputs
+        self.numbers = real(lo), real(hi), real(size / (hi - lo)), at_knots, outputs, self.row
         threads = torch.get_num_threads() if x.numel() * outputs > ALONE else 1
         self.threads = max(1, min(threads, features))
 
@@ -427,8 +367,10 @@ class _Call:
         return t.detach().to(self.dtype).contiguous().numpy()
 
     def rows(self, t: Tensor) -> np.ndarray:
-        """``t`` (n, O), its rows filled up with zeros to whole vectors."""
-        return torch.nn.functional.pad(t.detach().to(self.dtype), (0, self.row - t.shape[1])).contiguous().numpy()
+        """``t`` (n, O), its rows filled up with zeros to whole vectors, as one array."""
+        return (
+            torch.nn.functional.pad(t.detach().to(self.dtype), (0, self.row - t.shape[1])).contiguous().view(-1).numpy()
+        )
 
     def chunks(self, numbers_each: int) -> int:
         many = CHUNKS * self.threads if self.threads > 1 else 1
@@ -449,11 +391,11 @@ def apply(
             [apply(x[p], weight, base, None if scale is None else scale[p], order, lo, hi, d) for p in parts]
         )
     chunks = call.chunks(x.shape[0] * call.row)
-    copies = np.empty((chunks, x.shape[0], call.row), call.real)
-    run = _apply(order, d, call.exact, base is not None, call.real)
+    copies = np.empty((chunks, x.shape[0] * call.row), call.real)
+    run = _apply(order, d, call.lanes, base is not None, call.real)
     _run_on_all(run, call.threads, chunks, call.x, call.scale, *call.weights, call.base, copies, *call.numbers)
     y = torch.empty(x.shape[0], outputs, dtype=call.dtype)
-    _sum(copies, y.numpy())
+    _sum(copies, y.numpy(), call.row)
     return y.to(torch.promote_types(x.dtype, weight.dtype))
 
 
@@ -475,7 +417,7 @@ def adjoint(
     p = torch.empty(x.shape if with_dot else (0, 0), dtype=call.dtype)
     v = torch.empty(weight.shape if with_scatter else (0, 0, 0), dtype=call.dtype)
     b = torch.empty(base.shape if with_scatter and base is not None else (0, 0), dtype=call.dtype)
-    run = _adjoint(order, dot_d, scatter_d, call.exact, base is not None, call.real)
+    run = _adjoint(order, dot_d, scatter_d, call.lanes, base is not None, call.real)
     arrays = call.rows(grad), call.x, call.scale, *call.weights, call.base, p.numpy(), v.numpy(), b.numpy()
     _run_on_all(run, call.threads, call.chunks(0), *arrays, *call.numbers)
     none = x.new_empty(0)
