@@ -21,6 +21,14 @@ CASES = [  # B, I, O, G, k
     (40, 2, 130, 32, 3),
 ]
 WAYS = [(False, 0), (True, 1), (True, 2)]  # with a scale, order of differentiation
+SOME = CASES[:1] + CASES[-2:]
+SETTINGS = [  # numbers of gpu.py that decide which kernel runs, with small ones so that small cases meet every kernel
+    ({}, CASES, WAYS),
+    ({"AT_ONCE": 8}, SOME, WAYS[:1]),  # keys sorted by torch
+    ({"SORT_ALONG": 8, "FEW_ROWS": 4}, SOME, WAYS[:2]),  # few outputs: sorted by a kernel before
+    ({"FEW_ROWS": 4, "multiprocessors": lambda _: 1}, SOME, WAYS[:1]),  # few programs, each with several tiles
+    ({"PIECE": 8, "FEW_OUTPUTS": 0}, SOME, WAYS[:1]),  # the walk: a tile's samples in pieces, each with its gradient
+]
 
 
 def largest_error(case: tuple, scaled: bool, d: int, dtype: torch.dtype) -> float:
@@ -86,20 +94,18 @@ def main() -> None:
         assert max(dense_errors(case, d)) < 1e-6, (case, d)
         checked += 1
     assert adam_error() < 1e-6
-    for in_kernel in (2048, 8):
-        gpu.AT_ONCE = in_kernel  # 8: the keys are sorted by torch instead
-        for case in CASES if in_kernel == 2048 else CASES[:1] + CASES[-2:]:
-            for scaled, d in WAYS if in_kernel == 2048 else WAYS[:1]:
-                for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6 * case[3] * 10**d)):
+    for setting, cases, ways in SETTINGS:
+        before = {name: getattr(gpu, name) for name in setting}
+        for name, value in setting.items():
+            setattr(gpu, name, value)
+        for case in cases:
+            for scaled, d in ways:
+                for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, max(1e-6, 1e-6 * case[3] * 10**d))):
                     error = largest_error(case, scaled, d, dtype)
-                    assert error < max(tolerance, 1e-6 if dtype == torch.float32 else 0), (
-                        case,
-                        scaled,
-                        d,
-                        dtype,
-                        error,
-                    )
+                    assert error < tolerance, (setting, case, scaled, d, dtype, error)
                     checked += 1
+        for name, value in before.items():
+            setattr(gpu, name, value)
     print(f"{checked} cases agree")
 
 

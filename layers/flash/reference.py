@@ -54,8 +54,10 @@ def silu(x: Tensor, derivative: int = 0) -> Tensor:
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype the sums are made in: float64 as soon as one tensor has it, float32 otherwise."""
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if wide else torch.float32
+    for t in tensors:
+        if t is not None and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def _windows(x: Tensor, grid: tuple, derivative: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

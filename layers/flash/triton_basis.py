@@ -168,3 +168,36 @@ def value(r: tl.constexpr, v0, v1, v2, v3, v4, v5):
     else:
         out = v5
     return out
+
+
+@triton.jit
+def window(
+    x, scale, at, here, size, lo, hi, inv_h,
+    ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """The window of the input at ``x + at``: its first row, the ``ORDER + 1 <= 6`` values, and SiLU's; times the scale.
+
+    A window that hangs over an end of the grid is moved inside, its values with it; the free places hold zeros.
+    """
+    xv = tl.load(x + at, mask=here, other=0.0).to(CT)
+    cell, f = locate(xv, lo, hi, inv_h, size, ORDER)
+    v0, v1, v2, v3, v4, v5 = basis(f, inv_h, ORDER, D)
+    act = silu(xv, D)
+    if SCALED:
+        s = tl.load(scale + at, mask=here, other=0.0).to(CT)
+        v0, v1, v2, v3, v4, v5, act = v0 * s, v1 * s, v2 * s, v3 * s, v4 * s, v5 * s, act * s
+    first = tl.minimum(tl.maximum(cell, 0), size - 1)
+    moved = first - cell
+    w0 = spread(moved, v0, v1, v2, v3, v4, v5, ORDER)
+    w1, w2, w3, w4, w5 = w0, w0, w0, w0, w0
+    if ORDER >= 1:
+        w1 = spread(moved + 1, v0, v1, v2, v3, v4, v5, ORDER)
+    if ORDER >= 2:
+        w2 = spread(moved + 2, v0, v1, v2, v3, v4, v5, ORDER)
+    if ORDER >= 3:
+        w3 = spread(moved + 3, v0, v1, v2, v3, v4, v5, ORDER)
+    if ORDER >= 4:
+        w4 = spread(moved + 4, v0, v1, v2, v3, v4, v5, ORDER)
+    if ORDER >= 5:
+        w5 = spread(moved + 5, v0, v1, v2, v3, v4, v5, ORDER)
+    return first, w0, w1, w2, w3, w4, w5, act
