@@ -6,10 +6,9 @@ route, LazyAdam.
 """
 
 import torch
-import triton.language as tl
 
 from layers.bsplines import dense_basis
-from layers.flash import dense, gpu, reference, triton_adam, triton_dense
+from layers.flash import gpu, gpu_dense, gpu_few, gpu_many, reference, triton_adam
 
 CASES = [  # B, I, O, G, k
     (17, 3, 10, 5, 3),
@@ -22,12 +21,12 @@ CASES = [  # B, I, O, G, k
 ]
 WAYS = [(False, 0), (True, 1), (True, 2)]  # with a scale, order of differentiation
 SOME = CASES[:1] + CASES[-2:]
-SETTINGS = [  # numbers of gpu.py that decide which kernel runs, with small ones so that small cases meet every kernel
-    ({}, CASES, WAYS),
-    ({"AT_ONCE": 8}, SOME, WAYS[:1]),  # keys sorted by torch
-    ({"SORT_ALONG": 8, "FEW_ROWS": 4}, SOME, WAYS[:2]),  # few outputs: sorted by a kernel before
-    ({"FEW_ROWS": 4, "multiprocessors": lambda _: 1}, SOME, WAYS[:1]),  # few programs, each with several tiles
-    ({"PIECE": 8, "FEW_OUTPUTS": 0}, SOME, WAYS[:1]),  # the walk: a tile's samples in pieces, each with its gradient
+SETTINGS = [  # numbers that decide which kernel runs: with other ones small cases meet every kernel
+    ([], CASES, WAYS),
+    ([(gpu_many, "AT_ONCE", 8)], SOME, WAYS[:1]),  # keys sorted by torch
+    ([(gpu_few, "SORT_ALONG", 8), (gpu_few, "FEW_ROWS", 4)], SOME, WAYS[:2]),  # few outputs: sorted by a kernel before
+    ([(gpu_few, "multiprocessors", lambda _: 1), (gpu_few, "FEW_ROWS", 4)], SOME, WAYS[:1]),  # a program, many tiles
+    ([(gpu_many, "PIECE", 8), (gpu, "FEW_OUTPUTS", 0)], SOME, WAYS[:1]),  # the walk: a tile's samples in pieces
 ]
 
 
@@ -55,22 +54,20 @@ def relative(value: torch.Tensor, exact: torch.Tensor) -> float:
     return ((value.double() - exact).norm() / exact.norm()).item()
 
 
-def dense_errors(case: tuple, d: int) -> tuple[float, float]:
-    """Of all basis values, and of ``dot`` by products on tensor cores."""
+def dense_errors(case: tuple, d: int) -> tuple[float, ...]:
+    """Of all basis values, of SiLU's, and of ``dot`` by products on tensor cores."""
     samples, features, outputs, size, order = case
     torch.manual_seed(samples)
     x, weight = torch.randn(samples, features), torch.randn(features, size + order, outputs)
     base, grad = torch.randn(features, outputs), torch.randn(samples, outputs)
-    values = torch.empty(samples * features, size + order)
-    triton_dense.basis_kernel[(samples * features // 16 + 1,)](
-        x, x, values, x.numel(), size, -1.0, 1.0, size / 2, ORDER=order, D=d, CT=tl.float32, SCALED=False, BN=16, BR=8
-    )
+    values, acts = gpu_dense.basis(x, weight, base, None, order, -1.0, 1.0, d)
     exact = [t.double() for t in (grad, x, weight, base)]
-    wanted = dense_basis(exact[1], size, order, (-1.0, 1.0), derivative=d).flatten(0, 1)
+    wanted = dense_basis(exact[1], size, order, (-1.0, 1.0), derivative=d).flatten(1)
+    errors = (relative(values, wanted), relative(acts, reference.silu(exact[1], d)))
     if order == d:  # jumps: no product
-        return relative(values, wanted), 0.0
-    p = dense._dot(grad, x, weight, base, order, -1.0, 1.0, d)
-    return relative(values, wanted), relative(p, reference.dot(*exact, order, -1.0, 1.0, d))
+        return errors
+    p = gpu_dense.dot(grad, x, weight, base, order, -1.0, 1.0, d)
+    return *errors, relative(p, reference.dot(*exact, order, -1.0, 1.0, d))
 
 
 def adam_error() -> float:
@@ -88,6 +85,14 @@ def adam_error() -> float:
     return max(map(relative, (weight, m, v), (torch.where(rows, w - step, w), m_exact, v_exact)))
 
 
+def change(setting: list) -> None:
+    """Sets numbers of modules; launches that were built with others are forgotten."""
+    for module, name, value in setting:
+        setattr(module, name, value)
+    for built in (gpu_few._backward, gpu_many._backward):
+        built.cache_clear()
+
+
 def main() -> None:
     checked = 0
     for case, d in (((40, 19, 40, 5, 3), 1), ((7, 3, 33, 6, 1), 0), ((9, 4, 20, 3, 5), 2), ((9, 4, 20, 4, 0), 0)):
@@ -95,17 +100,15 @@ def main() -> None:
         checked += 1
     assert adam_error() < 1e-6
     for setting, cases, ways in SETTINGS:
-        before = {name: getattr(gpu, name) for name in setting}
-        for name, value in setting.items():
-            setattr(gpu, name, value)
+        before = [(module, name, getattr(module, name)) for module, name, _ in setting]
+        change(setting)
         for case in cases:
             for scaled, d in ways:
                 for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, max(1e-6, 1e-6 * case[3] * 10**d))):
                     error = largest_error(case, scaled, d, dtype)
                     assert error < tolerance, (setting, case, scaled, d, dtype, error)
                     checked += 1
-        for name, value in before.items():
-            setattr(gpu, name, value)
+        change(before)
     print(f"{checked} cases agree")
 
 

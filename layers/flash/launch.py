@@ -1,62 +1,71 @@
-"""Launches a Triton kernel with less work on the CPU: the compiled kernel is looked up by what decides its code.
+"""Launches Triton kernels with little work on the CPU: what decides a kernel's code is looked at once for each shape.
 
-``kernel[grid](...)`` inspects every argument on every call, which takes longer than a small kernel runs. Here the caller
-names what its launch depends on, and only the addresses are looked at again.
+``kernel[grid](...)`` inspects every argument on every call, which takes longer than a small kernel runs. A ``Launch`` is
+built once for all calls of one kind, by a cached function of their shapes and dtypes, and only the addresses are new.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor
 
-_runners: dict[tuple, object] = {}
-_MOST = 4096  # launches remembered; a loop over ever new batch sizes must not fill the memory
+REMEMBERED = 1024  # launches of one kind; a loop over ever new batch sizes must not fill the memory
 _NOTHING = contextlib.nullcontext()
 
 
-def launch(
-    kernel,
-    key: tuple,
-    grid: tuple[int, ...],
-    args: tuple,
-    constants: dict,
-    warps: int,
-    stages: int = 1,
-    registers: int | None = None,
-) -> None:
-    """Runs ``kernel`` on the current device and stream.
+class Launch:
+    """A kernel with everything but its tensors, for calls whose tensors have the same dtypes and device.
 
     Args:
-        kernel: the function made by ``triton.jit``; its parameters are ``args``, then the keys of ``constants``.
-        key: hashable; determines everything below but the addresses: device, dtypes, integers, constants, warps.
+        kernel: the function made by ``triton.jit``; its parameters are tensors, then ``numbers``, then the keys of
+            ``constants``.
         grid: numbers of programs, one to three.
-        args: tensors, integers and floats.
+        numbers: integers and floats.
         constants: values of its ``tl.constexpr`` parameters, in their order.
         warps: warps of a program.
         stages: loads in flight in the loops of matrix products.
         registers: the most that a thread may use; by default the compiler decides.
     """
-    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
-    if not args[0].is_cuda:  # Triton's interpreter
-        kernel[grid](*args, **constants, **options)
-        return
-    plain, aligned = [], 1
-    for arg in args:
-        if isinstance(arg, Tensor):
-            arg = arg.data_ptr()
-            aligned = 2 * aligned + (arg % 16 == 0)  # Triton loads 16 bytes at a time where it may
-        plain.append(arg)
-    key = (kernel.__name__, aligned, key)
-    runner = _runners.get(key)
-    if runner is not None:
-        runner(*plain, *constants.values())
-        return
-    if len(_runners) >= _MOST:
-        _runners.clear()
-    compiled = kernel[grid](*args, **constants, **options)
-    _runners[key] = compiled[(*grid, 1, 1)[:3]]
+
+    __slots__ = ("_rest", "_runners", "constants", "grid", "kernel", "numbers", "options")
+
+    def __init__(
+        self,
+        kernel,
+        grid: tuple[int, ...],
+        numbers: tuple,
+        constants: dict,
+        warps: int,
+        stages: int = 1,
+        registers: int | None = None,
+    ) -> None:
+        self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
+        self.options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+        self._rest = tuple(constants.values())
+        self._runners: dict[int, object] = {}
+
+    def __call__(self, *tensors: Tensor, numbers: tuple | None = None) -> None:
+        """Runs the kernel on the current device and stream; ``numbers`` in place of those given before, if any."""
+        numbers = self.numbers if numbers is None else numbers
+        if not tensors[0].is_cuda:  # Triton's interpreter
+            self.kernel[self.grid](*tensors, *numbers, **self.constants, **self.options)
+            return
+        addresses = [t.data_ptr() for t in tensors]
+        aligned = 0
+        for address in addresses:
+            aligned = 2 * aligned + (address % 16 == 0)  # Triton loads 16 bytes at a time where it may
+        runner = self._runners.get(aligned)
+        if runner is not None:
+            runner(*addresses, *numbers, *self._rest)
+            return
+        compiled = self.kernel[self.grid](*tensors, *numbers, **self.constants, **self.options)
+        self._runners[aligned] = compiled[(*self.grid, 1, 1)[:3]]
+
+
+remembered = functools.lru_cache(REMEMBERED)
 
 
 def on_device_of(x: Tensor):
@@ -64,3 +73,23 @@ def on_device_of(x: Tensor):
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
         return _NOTHING
     return torch.cuda.device_of(x)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the GPU has; a number of today's where Triton's interpreter runs on a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def dtypes(*tensors: Tensor | None) -> tuple:
+    """The device and the dtypes of a call, for the cached function that builds its launches."""
+    return tensors[0].device, *[None if t is None else t.dtype for t in tensors]
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -6,8 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from layers.flash.gpu import ceil_div, power_of_2
-from layers.flash.launch import launch, on_device_of
+from layers.flash.launch import Launch, ceil_div, dtypes, on_device_of, power_of_2, remembered
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -46,13 +45,17 @@ def adam_kernel(
         tl.store(weight + at, w, mask=mask)
 
 
-def update(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, steps: Tensor, lr, betas, eps) -> None:
-    """Changes weight and moments, all (rows, columns), in place; ``steps`` () float64, this one counted."""
-    rows, columns = weight.shape
+@remembered
+def _launch(kinds: tuple, rows: int, columns: int) -> Launch:
     width = min(power_of_2(columns), 512)
     block = max(1024 // width, 1)
+    return Launch(adam_kernel, (ceil_div(rows, block),), (), {"BM": block, "BN": width}, 4)
+
+
+def update(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, steps: Tensor, lr, betas, eps) -> None:
+    """Changes weight and moments, all (rows, columns), in place; ``steps`` () float64, this one counted."""
     logs = [math.log(beta) if beta > 0 else -math.inf for beta in betas]
-    args = (weight, grad, exp_avg, exp_avg_sq, steps, rows, columns, float(lr), *logs, float(eps))
-    key = (weight.device.index, weight.dtype, grad.dtype, weight.shape)
+    numbers = (*weight.shape, float(lr), *logs, float(eps))
     with on_device_of(weight):
-        launch(adam_kernel, key, (ceil_div(rows, block),), args, {"BM": block, "BN": width}, 4)
+        launch = _launch(dtypes(weight, grad), *weight.shape)
+        launch(weight, grad, exp_avg, exp_avg_sq, steps, numbers=numbers)

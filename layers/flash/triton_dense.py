@@ -8,11 +8,12 @@ from layers.flash.triton_basis import basis, cardinal, locate, silu, spread
 
 @triton.jit(do_not_specialize=["numbers", "size"])
 def basis_kernel(
-    x, scale, values, numbers, size,
+    x, scale, values, acts, numbers, size,
     lo: "fp64", hi: "fp64", inv_h: "fp64",
-    ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, ACTS: tl.constexpr,
+    BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """values[n, r], all ``G + k`` values for each of the B * I inputs, times the scale."""
+    """values[n, r], all ``G + k`` values for each of the B * I inputs, and acts[n], SiLU's; times the scale."""
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     r = tl.arange(0, BR)
     lo, hi, inv_h = tl.full([], lo, CT), tl.full([], hi, CT), tl.full([], inv_h, CT)
@@ -20,6 +21,11 @@ def basis_kernel(
     xv = tl.load(x + n, mask=here, other=0.0).to(CT)
     if SCALED:
         s = tl.load(scale + n, mask=here, other=0.0).to(CT)
+    if ACTS:
+        act = silu(xv, D)
+        if SCALED:
+            act *= s
+        tl.store(acts + n, act.to(acts.dtype.element_ty), mask=here)
     rows = size + ORDER
     if ORDER - D >= 1:
         u = (xv - lo) * inv_h - 0.5 * (1 - ORDER)

@@ -7,7 +7,7 @@ reach a tile of rows, found by sorting (``columns_kernel``). Programs of differe
 side by side.
 
 Every row of the gradient is written once, by one program: no atomics, no zero-fill, nothing that changes from run to run.
-Formulas and shapes: ``layers/flash/reference.py``. Launches: ``layers/flash/gpu.py``. A derivative of -1 leaves that half
+Formulas and shapes: ``layers/flash/reference.py``. Launches: ``gpu_few.py``. A derivative of -1 leaves that half
 out. ``CT`` is the dtype of all sums, float64 or float32, whatever that of the weights.
 """
 
@@ -61,12 +61,13 @@ def _add_rows(
 @triton.jit(do_not_specialize=["samples", "features", "size"])
 def few_kernel(
     x, scale, weight, base, windows, y,
-    samples, features, outputs, size,
+    samples, features, units, size,
     lo: "fp64", hi: "fp64", inv_h: "fp64",
     ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, BASE: tl.constexpr,
-    BI: tl.constexpr, BO: tl.constexpr, ALL: tl.constexpr,
+    UNIT: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """y[b, o] for one sample, all its features and all outputs."""
+    outputs = units * UNIT
     lo, hi, inv_h = tl.full([], lo, CT), tl.full([], hi, CT), tl.full([], inv_h, CT)
     b = tl.program_id(0).to(tl.int64)
     sample = b * features
@@ -155,14 +156,15 @@ def _base(
 @triton.jit(do_not_specialize=["samples", "features", "size", "bases", "row_programs"])
 def rows_kernel(
     x, scale, grad, weight, base, windows, dots, gradient, base_gradient,
-    samples, features, outputs, size, bases, row_programs,
+    samples, features, units, size, bases, row_programs,
     lo: "fp64", hi: "fp64", inv_h: "fp64",
     ORDER: tl.constexpr, DOT_D: tl.constexpr, SCATTER_D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr,
-    BASE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr,
-    BI: tl.constexpr, BO: tl.constexpr,
+    BASE: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr,
+    BO: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """A coarse grid: ``bases`` programs of ``_base``, then BM of all I * R rows each, then ``_dot``."""
     pid = tl.program_id(0)
+    outputs = units * UNIT
     lo, hi, inv_h = tl.full([], lo, CT), tl.full([], hi, CT), tl.full([], inv_h, CT)
     if SCATTER_D >= 0 and pid < bases:
         _base(
@@ -205,12 +207,13 @@ def _column(
     With SORT each program sorts the feature's samples, into keys[pid]; without, keys[i] are sorted already.
     """
     KT: tl.constexpr = keys.dtype.element_ty
+    CB: tl.constexpr = min(NB, 256)
     i = (pid // groups).to(tl.int64)
     each = tl.cdiv(tiles, groups)
     start_tile = (pid % groups) * each
-    n = tl.arange(0, NB)
-    here = n < samples
     if SORT:
+        n = tl.arange(0, NB)
+        here = n < samples
         keys += pid.to(tl.int64) * samples
         key = sorted_keys(x, i, n, here, samples, features, size, lo, hi, inv_h, ORDER, CT, KT, BITS)
         tl.store(keys + n, key, mask=here)
@@ -223,12 +226,18 @@ def _column(
     rows = size + ORDER
     gradient += i * rows * outputs
     for tile in range(start_tile, tl.minimum(start_tile + each, tiles)):
-        if not SORT:
-            key = tl.load(keys + n, mask=here, other=2 ** (KT.primitive_bitwidth - 1) - 1)
         # Cells from k below the tile to its last row reach it. Two counts, below 2 ** 16, in one sum.
         reach = tl.full([], tile * BM + 1, KT) << BITS
         beyond = tl.full([], tile * BM + BM + ORDER + 1, KT) << BITS
-        both = tl.sum((key < reach).to(tl.int32) + ((key < beyond).to(tl.int32) << 16), axis=0)
+        if SORT:
+            counts = (key < reach).to(tl.int32) + ((key < beyond).to(tl.int32) << 16)
+        else:
+            counts = tl.zeros((CB,), tl.int32)
+            for part in range(0, samples, CB):
+                at = part + tl.arange(0, CB)
+                some = tl.load(keys + at, mask=at < samples, other=2 ** (KT.primitive_bitwidth - 1) - 1)
+                counts += (some < reach).to(tl.int32) + ((some < beyond).to(tl.int32) << 16)
+        both = tl.sum(counts, axis=0)
         end = both >> 16
         acc = tl.zeros((BM, BN), tl.float32)
         first = both & 0xFFFF
@@ -237,8 +246,8 @@ def _column(
             found = j + s < end
             b = (one & (2**BITS - 1)).to(tl.int32)
             g = _grads(grad, b, o, found, outputs)
-            at = b.to(tl.int64) * features + i
-            xv = tl.load(x + at, mask=found, other=0.0).to(tl.float32)
+            to = b.to(tl.int64) * features + i
+            xv = tl.load(x + to, mask=found, other=0.0).to(tl.float32)
             cell = (one >> BITS).to(tl.int32) - (ORDER + 1)
             one = tl.load(keys + j + BS + s, mask=j + BS + s < end, other=0)
             f = (xv - lo) * inv_h - cell.to(tl.float32)
@@ -247,25 +256,26 @@ def _column(
             t = ((cell - tile * BM)[None, :] - r[:, None]).to(tl.float32) + (f - 0.5 * (1 - ORDER))[None, :]
             a = cardinal(t, inv_h, ORDER, D)
             if SCALED:
-                a *= tl.load(scale + at, mask=found, other=0.0).to(tl.float32)[None, :]
+                a *= tl.load(scale + to, mask=found, other=0.0).to(tl.float32)[None, :]
             acc = tl.dot(a, g, acc, input_precision=PRECISION)
         exists = (r < rows - tile * BM)[:, None] & (o < outputs)[None, :]
-        to = gradient + tile * BM * outputs + (r[:, None] * outputs + o[None, :])
-        tl.store(to, acc.to(gradient.dtype.element_ty), mask=exists)
+        row = gradient + tile * BM * outputs + (r[:, None] * outputs + o[None, :])
+        tl.store(row, acc.to(gradient.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["samples", "features", "size", "tiles", "groups", "columns", "bases"])
 def columns_kernel(
     x, scale, grad, weight, base, keys, windows, dots, gradient, base_gradient,
-    samples, features, outputs, size, tiles, groups, columns, bases,
+    samples, features, units, size, tiles, groups, columns, bases,
     lo: "fp64", hi: "fp64", inv_h: "fp64",
     ORDER: tl.constexpr, DOT_D: tl.constexpr, SCATTER_D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr,
-    BASE: tl.constexpr, PRECISION: tl.constexpr, SORT: tl.constexpr, NB: tl.constexpr, BITS: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
+    BASE: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr,
+    BO: tl.constexpr, SORT: tl.constexpr, NB: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
     BASE_BM: tl.constexpr, BASE_BS: tl.constexpr,
 ):  # fmt: skip
     """A fine grid: ``columns`` programs of ``_column``, then ``bases`` of ``_base``, then those of ``_dot``."""
     pid = tl.program_id(0)
+    outputs = units * UNIT
     lo, hi, inv_h = tl.full([], lo, CT), tl.full([], hi, CT), tl.full([], inv_h, CT)
     if pid < columns:
         _column(

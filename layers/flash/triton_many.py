@@ -5,7 +5,7 @@ and adds them up. Backward, a program walks through the sorted samples of one fe
 rows of sums and of weights in registers: every row of the gradient is written once, by one program, without atomics or a
 zero-fill, and nothing changes from run to run. A derivative of -1 leaves that half out.
 
-Formulas and shapes: ``layers/flash/reference.py``. Launches: ``layers/flash/gpu.py``. ``CT`` is the dtype of all sums,
+Formulas and shapes: ``layers/flash/reference.py``. Launches: ``gpu_many.py``. ``CT`` is the dtype of all sums,
 float64 or float32, whatever the dtype of the weights.
 """
 

@@ -1,9 +1,10 @@
 """The GPU kernels that sort the samples of each feature by cell, in Triton.
 
 The samples that reach a row of the gradient then lie next to each other, and every row is written once, by one program.
-Launches: ``layers/flash/gpu.py``.
+Launches: ``gpu_few.py`` and ``gpu_many.py``.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -115,3 +116,14 @@ def place_kernel(
         key, here, at, x, places, slopes, samples, features, i, tl.full([], lo, CT), tl.full([], inv_h, CT),
         ORDER, DOT_D, CT, SLOPES, BITS,
     )  # fmt: skip
+
+
+def sort_warps(block: int) -> int:
+    """Warps of a program that sorts ``block`` samples."""
+    return min(max(block // 64, 1), 16)
+
+
+def key_format(samples: int, size: int, order: int) -> tuple[int, torch.dtype]:
+    """How many of a key's bits hold the sample, and the dtype of the keys."""
+    bits = max(samples - 1, 1).bit_length()
+    return bits, torch.int32 if (size + 2 * order + 3).bit_length() + bits < 31 else torch.int64

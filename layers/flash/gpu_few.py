@@ -1,0 +1,155 @@
+"""Launches the kernels of ``triton_few.py``: few outputs.
+
+The shapes are fixed by short measured rules, so that no reader waits for an autotuner; ``layers/flash/NOTES.md`` holds
+the measurements.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from layers.flash import triton_few, triton_sort
+from layers.flash.launch import Launch, ceil_div, dtypes, multiprocessors, power_of_2, remembered
+from layers.flash.reference import compute_dtype
+
+FEW_ROWS = 32  # of the gradient, up to which all samples go through the products and nothing is sorted
+SORT_ALONG = 256  # samples, up to which every program that needs a feature's samples in order sorts them itself
+ROWS_TILE = {"BM": 64, "BS": 32}  # coarse grid: rows and samples of a product
+BASE_TILE = {"BASE_BM": 16, "BASE_BS": 32}  # fine grid: features and samples of a product for the base gradient
+
+
+def unit(outputs: int) -> int:
+    """A power of two that divides the outputs, which a kernel is told, so that it loads as many numbers at a time."""
+    return math.gcd(outputs, 4)
+
+
+@remembered
+def _forward(kinds: tuple, shape: tuple, outputs: int, order: int, lo: float, hi: float, d: int) -> Launch:
+    (samples, features), (_, x_dtype, weight_dtype, base, scale) = shape[:2], kinds
+    size, width, step = shape[2] - order, max(power_of_2(outputs), 4), unit(outputs)
+    wide = torch.float64 in (x_dtype, weight_dtype)
+    constants = {"ORDER": order, "D": d, "CT": tl.float64 if wide else tl.float32}
+    constants |= {"SCALED": scale is not None, "BASE": base is not None, "UNIT": step}
+    constants |= {"BI": min(2048 // width, power_of_2(features)), "BO": width, "ALL": min(power_of_2(features), 1024)}
+    numbers = (samples, features, outputs // step, size, lo, hi, size / (hi - lo))
+    return Launch(triton_few.few_kernel, (samples,), numbers, constants, 8)
+
+
+def apply(
+    x: Tensor, weight: Tensor, base: Tensor | None, scale: Tensor | None, order: int, lo: float, hi: float, d: int
+) -> Tensor:
+    """``y`` (B, O); see ``layers/flash/reference.py``. Contiguous tensors, at least one sample."""
+    rows, outputs = weight.shape[1:]
+    launch = _forward(dtypes(x, weight, base, scale), (*x.shape, rows), outputs, order, float(lo), float(hi), d)
+    y = torch.empty(x.shape[0], outputs, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
+    windows = torch.empty(order + 3, x.numel(), dtype=compute_dtype(x, weight), device=x.device)
+    launch(x, x if scale is None else scale, weight, weight if base is None else base, windows, y)
+    return y
+
+
+def column_shape(samples: int, features: int, rows: int, processors: int) -> tuple[int, int, int, int]:
+    """Fine grid: rows of a tile, samples taken at a time, warps, and programs for the gradient of one feature."""
+    if samples <= SORT_ALONG:
+        frame, chunk, warps = 32 if rows > 256 else 16, 16, 1
+    elif rows > 700:
+        frame, chunk, warps = 64, 16, 2
+    else:
+        frame, chunk, warps = 32, 16 if samples < 16 * rows else 32, 1
+    wanted = (8 if samples <= SORT_ALONG else 32) * processors
+    return frame, chunk, warps, min(ceil_div(rows, frame), ceil_div(wanted, features))
+
+
+def precision(weight: Tensor) -> str:
+    """How tensor cores multiply float32: as three TF32 products, which keep 22 bits, unless fewer are wanted."""
+    narrow = weight.dtype in (torch.bfloat16, torch.float16) or torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if narrow else "tf32x3"
+
+
+@remembered
+def _backward(
+    kinds: tuple,
+    shape: tuple,
+    outputs: int,
+    order: int,
+    lo: float,
+    hi: float,
+    dot_d: int,
+    scatter_d: int,
+    precision: str,
+    processors: int,
+) -> tuple[Launch, Launch | None, tuple, torch.dtype]:
+    """The launch; the one that sorts before, if any; shape and dtype of the keys, which are empty on a coarse grid."""
+    samples, features, rows = shape
+    _, _, _, _, base, scale = kinds
+    size, step = rows - order, unit(outputs)
+    coarse, along = rows <= FEW_ROWS or scatter_d < 0, samples <= SORT_ALONG
+    frame, chunk, warps, groups = column_shape(samples, features, rows, processors)
+    grid = (lo, hi, size / (hi - lo))
+    constants = {"ORDER": order, "DOT_D": dot_d, "SCATTER_D": scatter_d, "CT": tl.float32, "SCALED": scale is not None}
+    constants |= {"BASE": base is not None, "PRECISION": precision, "UNIT": step, "BN": max(power_of_2(outputs), 16)}
+    constants |= {"BI": 64 if coarse else 32 * warps, "BO": max(power_of_2(outputs), 4)}
+    gathers = samples * ceil_div(features, constants["BI"]) if dot_d >= 0 else 0
+    bases = ceil_div(features, ROWS_TILE["BM"] if coarse else BASE_TILE["BASE_BM"])
+    bases = bases if scatter_d >= 0 and base is not None else 0
+    numbers = (samples, features, outputs // step, size)
+    if coarse:
+        programs = ceil_div(features * rows, ROWS_TILE["BM"]) if scatter_d >= 0 else 0
+        numbers = (*numbers, bases, programs, *grid)
+        launch = Launch(triton_few.rows_kernel, (bases + programs + gathers,), numbers, constants | ROWS_TILE, 4)
+        return launch, None, (0,), torch.int32
+    columns, block = features * groups, power_of_2(samples)
+    bits, key_dtype = triton_sort.key_format(samples, size, order)
+    sort = None
+    if not along:
+        sort_constants = {"ORDER": order, "CT": tl.float32, "NB": block, "BITS": bits}
+        sort_numbers = (samples, features, size, *grid)
+        sort = Launch(triton_sort.sort_kernel, (features,), sort_numbers, sort_constants, triton_sort.sort_warps(block))
+    numbers = (*numbers, ceil_div(rows, frame), groups, columns, bases, *grid)
+    constants |= {"SORT": along, "NB": block, "BITS": bits, "BM": frame, "BS": chunk} | BASE_TILE
+    launch = Launch(triton_few.columns_kernel, (columns + bases + gathers,), numbers, constants, warps)
+    return launch, sort, (columns if along else features, samples), key_dtype
+
+
+def adjoint(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    base: Tensor | None,
+    scale: Tensor | None,
+    order: int,
+    lo: float,
+    hi: float,
+    dot_d: int,
+    scatter_d: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``dot`` and ``scatter``; see ``layers/flash/reference.py``. An order of -1 leaves a result out (``None``).
+
+    Contiguous tensors, at least one sample and at most as many as a kernel can sort; ``order - scatter_d >= 1``; not
+    in float64.
+    """
+    rows, outputs = weight.shape[1:]
+    kinds, shape = dtypes(grad, x, weight, base, scale), (*x.shape, rows)
+    processors = multiprocessors(x.device)
+    launch, sort, key_shape, key_dtype = _backward(
+        kinds, shape, outputs, order, float(lo), float(hi), dot_d, scatter_d, precision(weight), processors
+    )
+    dots = v = b = windows = keys = None
+    if dot_d >= 0:
+        dots = torch.empty_like(x)
+        windows = torch.empty(order + 3, x.numel(), dtype=torch.float32, device=x.device)
+    if scatter_d >= 0:
+        v = torch.empty_like(weight)
+        b = None if base is None else torch.empty_like(base)
+    if len(key_shape) == 2:
+        keys = torch.empty(key_shape, dtype=key_dtype, device=x.device)
+    if sort is not None:
+        sort(x, keys)
+    scratch = [t if t is not None else x for t in (keys, windows, dots, v, b)]
+    if keys is None:
+        del scratch[0]
+    launch(x, x if scale is None else scale, grad, weight, weight if base is None else base, *scratch)
+    return dots, v, b
