@@ -196,6 +196,57 @@ def rows_kernel(
 
 
 @triton.jit
+def _bounds(
+    key, keys, tile, samples,
+    ORDER: tl.constexpr, KT: tl.constexpr, SORT: tl.constexpr, CB: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """The first of a feature's sorted samples that reaches a tile, and the first beyond.
+
+    Those in cells from k below the tile to its last row reach it: counted in ``key``, which holds them all, or CB at a
+    time in ``keys``. Two counts, below 2 ** 16, in one sum.
+    """
+    reach = tl.full([], tile * BM + 1, KT) << BITS
+    beyond = tl.full([], tile * BM + BM + ORDER + 1, KT) << BITS
+    if SORT:
+        counts = (key < reach).to(tl.int32) + ((key < beyond).to(tl.int32) << 16)
+    else:
+        counts = tl.zeros((CB,), tl.int32)
+        for part in range(0, samples, CB):
+            at = part + tl.arange(0, CB)
+            some = tl.load(keys + at, mask=at < samples, other=2 ** (KT.primitive_bitwidth - 1) - 1)
+            counts += (some < reach).to(tl.int32) + ((some < beyond).to(tl.int32) << 16)
+    both = tl.sum(counts, axis=0)
+    return both & 0xFFFF, both >> 16
+
+
+@triton.jit
+def _fetch(one, found, x, scale, grad, i, o, features, outputs, SCALED: tl.constexpr, BITS: tl.constexpr):
+    """Position, scale and gradients of the samples behind some keys."""
+    b = (one & (2**BITS - 1)).to(tl.int32)
+    at = b.to(tl.int64) * features + i
+    xv = tl.load(x + at, mask=found, other=0.0).to(tl.float32)
+    factor = xv
+    if SCALED:
+        factor = tl.load(scale + at, mask=found, other=0.0).to(tl.float32)
+    return xv, factor, _grads(grad, b, o, found, outputs)
+
+
+@triton.jit
+def _values(
+    one, xv, factor, row, lo, inv_h,
+    ORDER: tl.constexpr, D: tl.constexpr, SCALED: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Basis values (rows, samples), times the scale."""
+    cell = (one >> BITS).to(tl.int32) - (ORDER + 1)
+    f = (xv - lo) * inv_h - cell.to(tl.float32)
+    f = tl.where(tl.abs(f) > 2, 0.0, f)
+    # The difference of whole numbers first: it is exact, whatever G is.
+    t = (cell[None, :] - row[:, None]).to(tl.float32) + (f - 0.5 * (1 - ORDER))[None, :]
+    a = cardinal(t, inv_h, ORDER, D)
+    return a * factor[None, :] if SCALED else a
+
+
+@triton.jit
 def _column(
     pid, x, scale, grad, keys, gradient, samples, features, outputs, size, tiles, groups, lo, hi, inv_h,
     ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, SORT: tl.constexpr,
@@ -210,7 +261,8 @@ def _column(
     CB: tl.constexpr = min(NB, 256)
     i = (pid // groups).to(tl.int64)
     each = tl.cdiv(tiles, groups)
-    start_tile = (pid % groups) * each
+    start = (pid % groups) * each
+    key = 0
     if SORT:
         n = tl.arange(0, NB)
         here = n < samples
@@ -225,42 +277,26 @@ def _column(
     s = tl.arange(0, BS)
     rows = size + ORDER
     gradient += i * rows * outputs
-    for tile in range(start_tile, tl.minimum(start_tile + each, tiles)):
-        # Cells from k below the tile to its last row reach it. Two counts, below 2 ** 16, in one sum.
-        reach = tl.full([], tile * BM + 1, KT) << BITS
-        beyond = tl.full([], tile * BM + BM + ORDER + 1, KT) << BITS
-        if SORT:
-            counts = (key < reach).to(tl.int32) + ((key < beyond).to(tl.int32) << 16)
-        else:
-            counts = tl.zeros((CB,), tl.int32)
-            for part in range(0, samples, CB):
-                at = part + tl.arange(0, CB)
-                some = tl.load(keys + at, mask=at < samples, other=2 ** (KT.primitive_bitwidth - 1) - 1)
-                counts += (some < reach).to(tl.int32) + ((some < beyond).to(tl.int32) << 16)
-        both = tl.sum(counts, axis=0)
-        end = both >> 16
-        acc = tl.zeros((BM, BN), tl.float32)
-        first = both & 0xFFFF
-        one = tl.load(keys + first + s, mask=first + s < end, other=0)
-        for j in range(first, end, BS):
+    # The first samples of a tile are fetched while the tile before is worked on: many tiles have no others.
+    first, end = _bounds(key, keys, start, samples, ORDER, KT, SORT, CB, BITS, BM)
+    one = tl.load(keys + first + s, mask=first + s < end, other=0)
+    xv, factor, g = _fetch(one, first + s < end, x, scale, grad, i, o, features, outputs, SCALED, BITS)
+    for tile in range(start, tl.minimum(start + each, tiles)):
+        row = tile * BM + r
+        next_first, next_end = _bounds(key, keys, tile + 1, samples, ORDER, KT, SORT, CB, BITS, BM)
+        next_one = tl.load(keys + next_first + s, mask=next_first + s < next_end, other=0)
+        a = _values(one, xv, factor, row, lo, inv_h, ORDER, D, SCALED, BITS)
+        acc = tl.dot(a, g, input_precision=PRECISION)
+        for j in range(first + BS, end, BS):
             found = j + s < end
-            b = (one & (2**BITS - 1)).to(tl.int32)
-            g = _grads(grad, b, o, found, outputs)
-            to = b.to(tl.int64) * features + i
-            xv = tl.load(x + to, mask=found, other=0.0).to(tl.float32)
-            cell = (one >> BITS).to(tl.int32) - (ORDER + 1)
-            one = tl.load(keys + j + BS + s, mask=j + BS + s < end, other=0)
-            f = (xv - lo) * inv_h - cell.to(tl.float32)
-            f = tl.where(tl.abs(f) > 2, 0.0, f)
-            # The difference of whole numbers first: it is exact, whatever G is.
-            t = ((cell - tile * BM)[None, :] - r[:, None]).to(tl.float32) + (f - 0.5 * (1 - ORDER))[None, :]
-            a = cardinal(t, inv_h, ORDER, D)
-            if SCALED:
-                a *= tl.load(scale + to, mask=found, other=0.0).to(tl.float32)[None, :]
+            one = tl.load(keys + j + s, mask=found, other=0)
+            xv, factor, g = _fetch(one, found, x, scale, grad, i, o, features, outputs, SCALED, BITS)
+            a = _values(one, xv, factor, row, lo, inv_h, ORDER, D, SCALED, BITS)
             acc = tl.dot(a, g, acc, input_precision=PRECISION)
-        exists = (r < rows - tile * BM)[:, None] & (o < outputs)[None, :]
-        row = gradient + tile * BM * outputs + (r[:, None] * outputs + o[None, :])
-        tl.store(row, acc.to(gradient.dtype.element_ty), mask=exists)
+        first, end, one = next_first, next_end, next_one
+        xv, factor, g = _fetch(one, first + s < end, x, scale, grad, i, o, features, outputs, SCALED, BITS)
+        to = gradient + tile * BM * outputs + (r[:, None] * outputs + o[None, :])
+        tl.store(to, acc.to(gradient.dtype.element_ty), mask=(row < rows)[:, None] & (o < outputs)[None, :])
 
 
 @triton.jit(do_not_specialize=["samples", "features", "size", "tiles", "groups", "columns", "bases"])
