@@ -8,7 +8,7 @@ route, LazyAdam.
 import torch
 
 from layers.bsplines import dense_basis
-from layers.flash import gpu, gpu_dense, gpu_few, gpu_many, reference, triton_adam
+from layers.flash import gpu, gpu_dense, gpu_few, gpu_many, gpu_parts, reference, triton_adam
 
 CASES = [  # B, I, O, G, k
     (17, 3, 10, 5, 3),
@@ -21,6 +21,14 @@ CASES = [  # B, I, O, G, k
 ]
 WAYS = [(False, 0), (True, 1), (True, 2)]  # with a scale, order of differentiation
 SOME = CASES[:1] + CASES[-2:]
+DENSE_CASES = [  # the same, and an order of differentiation
+    ((40, 19, 40, 5, 3), 1),
+    ((7, 3, 33, 6, 1), 0),
+    ((9, 4, 20, 3, 5), 2),
+    ((9, 4, 20, 4, 0), 0),
+    ((65, 16, 144, 5, 2), 0),
+    ((9, 5, 20, 40, 3), 1),
+]
 SETTINGS = [  # numbers that decide which kernel runs: with other ones small cases meet every kernel
     ([], CASES, WAYS),
     ([(gpu_many, "AT_ONCE", 8)], SOME, WAYS[:1]),  # keys sorted by torch
@@ -55,19 +63,24 @@ def relative(value: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def dense_errors(case: tuple, d: int) -> tuple[float, ...]:
-    """Of all basis values, of SiLU's, and of ``dot`` by products on tensor cores."""
+    """Of all basis values, of SiLU's, and of what the dense route makes of products in parts."""
     samples, features, outputs, size, order = case
     torch.manual_seed(samples)
     x, weight = torch.randn(samples, features), torch.randn(features, size + order, outputs)
-    base, grad = torch.randn(features, outputs), torch.randn(samples, outputs)
-    values, acts = gpu_dense.basis(x, weight, base, None, order, -1.0, 1.0, d)
-    exact = [t.double() for t in (grad, x, weight, base)]
-    wanted = dense_basis(exact[1], size, order, (-1.0, 1.0), derivative=d).flatten(1)
-    errors = (relative(values, wanted), relative(acts, reference.silu(exact[1], d)))
-    if order == d:  # jumps: no product
-        return errors
-    p = gpu_dense.dot(grad, x, weight, base, order, -1.0, 1.0, d)
-    return *errors, relative(p, reference.dot(*exact, order, -1.0, 1.0, d))
+    base, grad, scale = torch.randn(features, outputs), torch.randn(samples, outputs), torch.rand(samples, features)
+    ends = -1.0, 1.0
+    values, acts = gpu_dense.basis(x, weight, base, scale, order, *ends, d)
+    exact = [t.double() for t in (x, weight, base, scale)]
+    wanted = dense_basis(exact[0], size, order, ends, derivative=d) * exact[3].unsqueeze(-1)
+    errors = [relative(values, wanted.flatten(1)), relative(acts, reference.silu(exact[0], d) * exact[3])]
+    for b in (None, base):
+        got = (gpu_dense.apply_in_parts(x, weight, b, scale, order, *ends, d),)
+        got += gpu_dense.adjoint_in_parts(grad, x, weight, b, scale, order, *ends, d, d)
+        exact[2] = None if b is None else exact[2]
+        needed = reference.apply(*exact, order, *ends, d), *reference.adjoint(grad.double(), *exact, order, *ends, d, d)
+        errors += [relative(a, e) for a, e in zip(got, needed, strict=True) if e.numel() > 0]
+        exact[2] = base.double()
+    return *errors, relative(sum(gpu_parts.split(weight[0], base)), torch.cat([weight[0], base]).double())
 
 
 def adam_error() -> float:
@@ -95,9 +108,13 @@ def change(setting: list) -> None:
 
 def main() -> None:
     checked = 0
-    for case, d in (((40, 19, 40, 5, 3), 1), ((7, 3, 33, 6, 1), 0), ((9, 4, 20, 3, 5), 2), ((9, 4, 20, 4, 0), 0)):
-        assert max(dense_errors(case, d)) < 1e-6, (case, d)
-        checked += 1
+    for tile in gpu_parts.TILES:
+        for pieces in (1, 3):
+            gpu_parts.tile_of = lambda *_, choice=(tile, pieces): choice
+            gpu_parts._product.cache_clear()
+            for case, d in DENSE_CASES:
+                assert max(dense_errors(case, d)) < (1e-6 if case[3] < 10 else 1e-5), (tile, pieces, case, d)
+                checked += 1
     assert adam_error() < 1e-6
     for setting, cases, ways in SETTINGS:
         before = [(module, name, getattr(module, name)) for module, name, _ in setting]

@@ -1,7 +1,8 @@
 """The dense route: all ``G + k`` basis values and one matrix product, for small ``G`` and many outputs.
 
-A library's matrix product uses the chip so well that it wins there although it multiplies mostly zeros. Nothing of
-size ``B * I * R`` outlives a call: the basis is made again in the backward pass.
+A matrix product uses the chip so well that it wins there although it multiplies mostly zeros. Nothing of size
+``B * I * R`` outlives a call: the basis is made again in the backward pass. In float32 on a GPU the products are those of
+``gpu_parts.py``, else a library's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ def _on_gpu():
     from layers.flash import gpu_dense  # Triton exists where a GPU does
 
     return gpu_dense
+
+
+def _in_parts(x: Tensor, weight: Tensor) -> bool:
+    if not x.is_cuda or x.numel() == 0:
+        return False
+    from layers.flash import gpu_parts
+
+    return gpu_parts.multiplies(x, weight)
 
 
 def _basis(x, weight, base, scale, order, lo, hi, d) -> tuple[Tensor, Tensor | None]:
@@ -36,7 +45,10 @@ def apply(
     x: Tensor, weight: Tensor, base: Tensor | None, scale: Tensor | None, order: int, lo: float, hi: float, d: int
 ) -> Tensor:
     """``y`` (B, O); see ``layers/flash/reference.py``."""
-    basis, act = _basis(x.contiguous(), weight, base, scale, order, lo, hi, d)
+    x = x.contiguous()
+    if _in_parts(x, weight):
+        return _on_gpu().apply_in_parts(x, weight, base, scale, order, lo, hi, d)
+    basis, act = _basis(x, weight, base, scale, order, lo, hi, d)
     y = basis @ weight.flatten(0, 1)
     if act is not None:
         y = y.addmm_(act, base)
@@ -58,10 +70,10 @@ def adjoint(
     """``dot`` and ``scatter``; see ``layers/flash/reference.py``. An order of -1 leaves a result out (empty)."""
     x, dtype = x.contiguous(), compute_dtype(x, weight)
     grad = grad.to(weight.dtype).contiguous()
+    if _in_parts(x, weight):
+        return _on_gpu().adjoint_in_parts(grad, x, weight, base, scale, order, lo, hi, dot_d, scatter_d)
     p, v, b = x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    if dot_d >= 0 and x.is_cuda and _on_gpu().multiplies(x, weight, base, order, dot_d):
-        p = _on_gpu().dot(grad, x, weight, base, order, lo, hi, dot_d)
-    elif dot_d >= 0:
+    if dot_d >= 0:
         products = grad @ weight.flatten(0, 1).t()  # Shape: (B, I * R)
         through_base = None if base is None else grad @ base.t()
         p = _contract(x, products, through_base, weight, order, lo, hi, dot_d, dtype)

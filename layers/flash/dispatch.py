@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,21 +38,50 @@ def gpu_kernels():
     return gpu
 
 
-def dense_wins(
-    samples: int, features: int, rows: int, outputs: int, dtype: torch.dtype, tf32: bool, backward: bool
-) -> bool:
-    """Whether, on a GPU, all rows and matrix products beat the ``k + 1`` rows of a window; measured, see NOTES.md.
+class Limits(NamedTuple):
+    """Up to how many rows ``R = G + k`` the dense route wins; measured on one H200, see NOTES.md."""
 
-    The products do ``rows / (k + 1)`` times the work at a much higher rate, which depends on the number format. The
-    backward pass has two of them and turns to the local route earlier.
+    forward: int  # with 64 outputs
+    outputs: int  # so many more outputs, one more row
+    most: int
+    backward: int  # with up to 128 outputs
+    wide_backward: int
+
+
+LIMITS = {
+    "narrow": Limits(28, 2, 110, 80, 110),  # bfloat16 and float16
+    "tf32": Limits(19, 3, 80, 40, 40),
+    "parts": Limits(11, 8, 32, 24, 18),  # float32 in three parts, see gpu_parts.py
+    "float32": Limits(8, 32, 16, 10, 10),
+}
+BASIS_BYTES = 2**30  # of all basis values of a batch; more memory is not worth the time
+
+
+def dense_wins(rows: int, outputs: int, kind: str, backward: bool) -> bool:
+    """Whether, on a GPU, all rows and matrix products beat the ``k + 1`` rows of a window.
+
+    The products do ``rows / (k + 1)`` times the work at a much higher rate, which depends on the number format.
     """
-    if outputs < 64 or samples < 256:
+    limits = LIMITS[kind]
+    if backward:
+        return rows <= (limits.backward if outputs <= 128 else limits.wide_backward)
+    return rows <= min(limits.forward + (outputs - 64) // limits.outputs, limits.most)
+
+
+def _dense_wins(x: Tensor, weight: Tensor, backward: bool) -> bool:
+    _, rows, outputs = weight.shape
+    if outputs < 64 or x.shape[0] < 256 or weight.dtype == torch.float64:
         return False
-    if dtype in (torch.bfloat16, torch.float16):
-        return rows <= 64
-    if dtype == torch.float32 and tf32:
-        return rows <= (40 if backward else 64)
-    return dtype == torch.float32 and rows <= (10 if backward else 16)
+    from layers.flash import gpu_parts
+
+    kind, width = "float32", 4
+    if weight.dtype != torch.float32:
+        kind, width = "narrow", 2
+    elif torch.backends.cuda.matmul.allow_tf32:
+        kind = "tf32"
+    elif gpu_parts.multiplies(x, weight):
+        kind, width = "parts", 6
+    return x.numel() * rows * width <= BASIS_BYTES and dense_wins(rows, outputs, kind, backward)
 
 
 def kernels(x: Tensor, weight: Tensor, order: int, d: int, route: str, backward: bool = False):
@@ -65,9 +95,7 @@ def kernels(x: Tensor, weight: Tensor, order: int, d: int, route: str, backward:
     if gpu is None or not gpu.covers(weight, order, d):
         return reference
     if route == "auto":
-        tf32 = torch.backends.cuda.matmul.allow_tf32
-        wins = x.is_cuda and dense_wins(*x.shape, weight.shape[1], weight.shape[2], weight.dtype, tf32, backward)
-        route = "dense" if wins else "local"
+        route = "dense" if x.is_cuda and _dense_wins(x, weight, backward) else "local"
     return dense if route == "dense" else gpu
 
 

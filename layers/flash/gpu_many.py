@@ -20,20 +20,25 @@ AT_ONCE = 2048  # samples; above, torch.sort is faster than one program that sor
 PIECE = 512  # samples that are worth a program of their own in the walk
 
 
-def many_tile(samples: int, features: int, rows: int, outputs: int, processors: int) -> tuple[int, int, int, int]:
+def many_tile(
+    samples: int, features: int, rows: int, outputs: int, narrow: bool, processors: int
+) -> tuple[int, int, int, int]:
     """Forward: samples and outputs of a program's tile, its warps, and into how many parts features are split.
 
-    Tall tiles read a row for more samples, low ones of one warp need no barriers. As many programs as run at once.
+    Tall tiles read a row for more samples, low ones of one warp need no barriers. As many programs as run at once:
+    ``narrow`` weights, of two bytes, leave registers for half as many more.
     """
-    bb, warps = (64, 2) if rows > 64 else (32, 1)
-    if rows > 256 and samples >= 512 and outputs > 64:
-        bb, warps = 128, 4
-    bo = min(power_of_2(outputs), 64)
+    bb, bo, warps, together = 64, 64, 2, 8
+    if narrow:
+        bb, warps, together = 32, 1, 12
+    elif rows <= 64:
+        bb, warps = 32, 1
+    elif rows > 256 and samples >= 512 and outputs > 64:
+        bb, bo, warps = (128, 64, 4) if rows <= 700 else (256, 32, 4)
+    bo = min(power_of_2(outputs), bo)
     programs = ceil_div(samples, bb) * ceil_div(outputs, bo)
-    split = 1
-    while programs * split * 2 * warps <= 8 * processors and split * 16 <= features and split < 32:
-        split *= 2
-    return bb, bo, warps, split
+    split = max(min(together * processors // (programs * warps), features // 16, 32), 1)
+    return bb, bo, warps, ceil_div(features, ceil_div(features, split))  # no part is empty
 
 
 @remembered
@@ -48,7 +53,8 @@ def _forward(
     grid = (ceil_div(samples, 32), ceil_div(features, 32))
     numbers = (samples, features, rows - order, lo, hi, (rows - order) / (hi - lo))
     prepare = Launch(triton_many.prepare_kernel, grid, numbers, constants, 4)
-    bb, bo, warps, split = many_tile(samples, features, rows, outputs, processors)
+    narrow = weight_dtype.itemsize == 2
+    bb, bo, warps, split = many_tile(samples, features, rows, outputs, narrow, processors)
     constants = {"ORDER": order, "CT": wide, "BASE": base is not None, "WHOLE": outputs % bo == 0, "BB": bb, "BO": bo}
     grid = (ceil_div(samples, bb), ceil_div(outputs, bo), split)
     numbers = (samples, features, outputs, rows - order, ceil_div(features, split))
