@@ -32,3 +32,22 @@ def test_no_part_of_a_sum_over_features_is_empty():
             split = many_tile(samples, features, rows, outputs, False, 132)[3]
             step = -(-features // split)
             assert (split - 1) * step < features <= split * step, (features, samples, outputs, rows)
+
+
+@pytest.mark.parametrize(
+    "setting, allowed",
+    (
+        ("cuda.matmul.allow_tf32 = True", True),
+        ("cuda.matmul.fp32_precision = 'tf32'", True),
+        ("fp32_precision = 'tf32'", True),
+        ("cuda.matmul.fp32_precision = 'ieee'", False),
+        ("cudnn.allow_tf32 = True", False),
+    ),
+)
+def test_tf32_is_seen_in_the_old_setting_and_in_the_new(setting, allowed):
+    """In a process of its own: PyTorch raises an error once both have been used."""
+    program = (
+        f"import torch; from layers.flash.launch import tf32_allowed; torch.backends.{setting}; print(tf32_allowed())"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(allowed)

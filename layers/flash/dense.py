@@ -20,8 +20,8 @@ def _on_gpu():
     return gpu_dense
 
 
-def _in_parts(x: Tensor, weight: Tensor) -> bool:
-    if not x.is_cuda or x.numel() == 0:
+def _in_parts(x: Tensor, weight: Tensor, base: Tensor | None) -> bool:
+    if not x.is_cuda or x.numel() == 0 or (base is not None and base.dtype != weight.dtype):
         return False
     from layers.flash import gpu_parts
 
@@ -46,7 +46,7 @@ def apply(
 ) -> Tensor:
     """``y`` (B, O); see ``layers/flash/reference.py``."""
     x = x.contiguous()
-    if _in_parts(x, weight):
+    if _in_parts(x, weight, base):
         return _on_gpu().apply_in_parts(x, weight, base, scale, order, lo, hi, d)
     basis, act = _basis(x, weight, base, scale, order, lo, hi, d)
     y = basis @ weight.flatten(0, 1)
@@ -70,7 +70,7 @@ def adjoint(
     """``dot`` and ``scatter``; see ``layers/flash/reference.py``. An order of -1 leaves a result out (empty)."""
     x, dtype = x.contiguous(), compute_dtype(x, weight)
     grad = grad.to(weight.dtype).contiguous()
-    if _in_parts(x, weight):
+    if _in_parts(x, weight, base):
         return _on_gpu().adjoint_in_parts(grad, x, weight, base, scale, order, lo, hi, dot_d, scatter_d)
     p, v, b = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     if dot_d >= 0:

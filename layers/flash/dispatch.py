@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from layers.flash import dense, reference
+from layers.flash.launch import tf32_allowed
 
 ROUTES = (None, "local", "dense", "reference")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # GPU kernels run, slowly, on the CPU
@@ -77,7 +78,7 @@ def _dense_wins(x: Tensor, weight: Tensor, backward: bool) -> bool:
     kind, width = "float32", 4
     if weight.dtype != torch.float32:
         kind, width = "narrow", 2
-    elif torch.backends.cuda.matmul.allow_tf32:
+    elif tf32_allowed():
         kind = "tf32"
     elif gpu_parts.multiplies(x, weight):
         kind, width = "parts", 6

@@ -9,8 +9,6 @@ from torch import Tensor
 from layers.flash import gpu_parts, triton_dense
 from layers.flash.launch import Launch, ceil_div, dtypes, on_device_of, remembered
 
-SAMPLES, COLUMNS = 8, 256  # of a program that makes basis values
-
 
 def _wide(*kinds: torch.dtype):
     return tl.float64 if torch.float64 in kinds else tl.float32
@@ -26,20 +24,16 @@ def _basis(
     kinds: tuple, shape: tuple, order: int, lo: float, hi: float, d: int, leads: tuple, parts: bool, base: bool
 ) -> Launch:
     (samples, features, rows), (_, x_dtype, weight_dtype, scale) = shape, kinds
-    constants = {
-        "ORDER": order,
-        "D": d,
-        "CT": _wide(x_dtype, weight_dtype),
-        "SCALED": scale is not None,
-        "PARTS": parts,
-    }
-    unit = next(n for n in (8 if parts or weight_dtype.itemsize == 2 else 4, 4, 2, 1) if n <= rows)  # 16 bytes
-    constants |= {"OFFSET": _offset(features * rows), "UNIT": unit, "BB": SAMPLES, "BC": COLUMNS}
-    blocks = ceil_div(features * rows, COLUMNS)
-    all_blocks = blocks + (ceil_div(features, COLUMNS) if base else 0)
-    numbers = (samples, features, features * rows, rows - order, blocks, all_blocks, *leads)
-    grid = (all_blocks * ceil_div(samples, SAMPLES),)
-    return Launch(triton_dense.basis_kernel, grid, (*numbers, lo, hi, (rows - order) / (hi - lo)), constants, 4)
+    constants = {"ORDER": order, "D": d, "CT": _wide(x_dtype, weight_dtype)}
+    constants |= {"SCALED": scale is not None, "PARTS": parts}
+    narrow = weight_dtype.itemsize == 2
+    unit = next(n for n in (8 if parts or narrow else 4, 4, 2, 1) if n <= rows)  # 16 bytes
+    tile = {"BB": 8 if narrow else 4, "BC": 256}
+    constants |= {"OFFSET": _offset(features * rows), "UNIT": unit} | tile
+    blocks = ceil_div(features * rows, tile["BC"])
+    programs = ceil_div(samples, tile["BB"]) * (blocks + (ceil_div(features, tile["BC"]) if base else 0))
+    numbers = (samples, features, features * rows, rows - order, blocks, *leads, lo, hi, (rows - order) / (hi - lo))
+    return Launch(triton_dense.basis_kernel, (programs,), numbers, constants, 4)
 
 
 def _fill(x, weight, scale, values, acts, order, lo, hi, d, parts: bool) -> None:

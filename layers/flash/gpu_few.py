@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from layers.flash import triton_few, triton_sort
-from layers.flash.launch import Launch, ceil_div, dtypes, multiprocessors, power_of_2, remembered
+from layers.flash.launch import Launch, ceil_div, dtypes, multiprocessors, power_of_2, remembered, tf32_allowed
 from layers.flash.reference import compute_dtype
 
 FEW_ROWS = 32  # of the gradient, up to which all samples go through the products and nothing is sorted
@@ -65,7 +65,7 @@ def column_shape(samples: int, features: int, rows: int, processors: int) -> tup
 
 def precision(weight: Tensor) -> str:
     """How tensor cores multiply float32: as three TF32 products, which keep 22 bits, unless fewer are wanted."""
-    narrow = weight.dtype in (torch.bfloat16, torch.float16) or torch.backends.cuda.matmul.allow_tf32
+    narrow = weight.dtype in (torch.bfloat16, torch.float16) or tf32_allowed()
     return "tf32" if narrow else "tf32x3"
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from layers.flash import triton_parts
-from layers.flash.launch import Launch, ceil_div, dtypes, multiprocessors, remembered
+from layers.flash.launch import Launch, ceil_div, dtypes, multiprocessors, remembered, tf32_allowed
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def multiplies(x: Tensor, weight: Tensor) -> bool:
     features, _, outputs = weight.shape
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or features % WIDTH or outputs % WIDTH:
         return False
-    return not torch.backends.cuda.matmul.allow_tf32 and _faster(x.device)
+    return not tf32_allowed() and _faster(x.device)
 
 
 def empty(rows: int, columns: int, device: torch.device) -> Tensor:
@@ -100,7 +100,7 @@ def product(a: Tensor, b: Tensor, upper: int | None = None) -> tuple[Tensor, Ten
     (_, rows, inner), columns, device = a.shape, b.shape[2], a.device
     upper, turns = rows if upper is None else upper, tuple(not t.is_contiguous() for t in (a, b))
     launch, pieces = _product(device, turns, rows, columns, inner, upper)
-    above = torch.empty(pieces, upper, columns, device=device)
-    below = torch.empty(pieces, rows - upper, columns, device=device) if upper < rows else None
+    above = torch.empty(pieces, upper, columns, dtype=torch.float32, device=device)
+    below = above.new_empty(pieces, rows - upper, columns) if upper < rows else None
     launch(a, b, above, above if below is None else below)
     return tuple(None if t is None else t[0] if pieces == 1 else t.sum(0) for t in (above, below))

@@ -81,6 +81,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def tf32_allowed() -> bool:
+    """Whether products in float32 may be made in TF32; ``allow_tf32`` cannot be read where this newer setting is used."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def dtypes(*tensors: Tensor | None) -> tuple:
     """The device and the dtypes of a call, for the cached function that builds its launches."""
     return tensors[0].device, *[None if t is None else t.dtype for t in tensors]

@@ -64,21 +64,22 @@ def _silus(
     _store(acts + b.to(tl.int64) * lead + i, out, plane, here, PARTS)
 
 
-@triton.jit(do_not_specialize=["samples", "size", "blocks", "all_blocks"])
+@triton.jit(do_not_specialize=["samples", "size", "blocks"])
 def basis_kernel(
     x, scale, values, acts,
-    samples, features, columns, size, blocks, all_blocks, lead, lead_acts, plane,
+    samples, features, columns, size, blocks, lead, lead_acts, plane,
     lo: "fp64", hi: "fp64", inv_h: "fp64",
     ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr,
     OFFSET: tl.constexpr, UNIT: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """values (B, columns = I * R), all ``G + k`` values of each input, and acts (B, I), SiLU's; times the scale.
 
-    A program makes BC columns of BB samples: of ``all_blocks`` the first ``blocks`` are of ``values``. OFFSET: the
-    integers that count columns. UNIT <= R. With PARTS all is stored in three parts, see ``triton_parts.py``.
+    A program makes BC columns of BB samples; the first ``blocks`` columns of programs are those of ``values``. OFFSET:
+    the integers that count columns. UNIT <= R. With PARTS all is stored in three parts, see ``triton_parts.py``.
     """
-    block = tl.program_id(0) % all_blocks
-    b = (tl.program_id(0) // all_blocks * BB + tl.arange(0, BB))[:, None]
+    tiles = tl.cdiv(samples, BB)
+    block = tl.program_id(0) // tiles
+    b = (tl.program_id(0) % tiles * BB + tl.arange(0, BB))[:, None]
     lo, hi, inv_h = tl.full([], lo, CT), tl.full([], hi, CT), tl.full([], inv_h, CT)
     x += b.to(tl.int64) * features
     scale += b.to(tl.int64) * features
