@@ -12,11 +12,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from layers.flash import triton_many, triton_sort
+from layers.flash import gpu_parts, triton_many, triton_sort
 from layers.flash.launch import Launch, ceil_div, dtypes, multiprocessors, power_of_2, remembered
 from layers.flash.reference import compute_dtype
 
 AT_ONCE = 2048  # samples; above, torch.sort is faster than one program that sorts
+MUCH = 2**28  # multiplications for the gradient of the base weights, from which three parts pay
 PIECE = 512  # samples that are worth a program of their own in the walk
 
 
@@ -210,5 +211,9 @@ def adjoint(
     if scatter_d >= 0 and walk.pieces > 1:
         v = v.sum(0).to(weight.dtype)
     if scatter_d >= 0 and base is not None:
-        b = (acts @ grad.to(sums)).to(base.dtype)
+        much = samples * features * outputs >= MUCH and samples % gpu_parts.WIDTH == 0
+        if much and grad.dtype == torch.float32 and gpu_parts.multiplies(x, weight):
+            b = gpu_parts.product(gpu_parts.split(acts), gpu_parts.split(grad))[0].to(base.dtype)
+        else:
+            b = (acts @ grad.to(sums)).to(base.dtype)
     return dots, v, b

@@ -33,7 +33,7 @@ PART = torch.float32 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfl
 
 @functools.cache
 def _faster(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) in FASTER
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in FASTER
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
