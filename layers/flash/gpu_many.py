@@ -17,7 +17,7 @@ from layers.flash.launch import Launch, ceil_div, dtypes, multiprocessors, power
 from layers.flash.reference import compute_dtype
 
 AT_ONCE = 2048  # samples; above, torch.sort is faster than one program that sorts
-MUCH = 2**28  # multiplications for the gradient of the base weights, from which three parts pay
+MUCH = 2**31  # multiplications for the gradient of the base weights, from which three parts pay
 PIECE = 512  # samples that are worth a program of their own in the walk
 
 
@@ -164,6 +164,14 @@ def _sorted_by_torch(keys: Tensor, tiles: int, step: int, size: int, order: int,
     return keys, torch.searchsorted(keys, edges, out_int32=True)
 
 
+def _base_gradient(acts: Tensor, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``acts`` (I, B) times ``grad`` (B, O)."""
+    much = x.numel() * grad.shape[1] >= MUCH and x.shape[0] % gpu_parts.WIDTH == 0
+    if much and grad.dtype == torch.float32 and gpu_parts.multiplies(x, weight):
+        return gpu_parts.product(gpu_parts.split(acts), gpu_parts.split(grad))[0]
+    return acts @ grad.to(acts.dtype)
+
+
 def adjoint(
     grad: Tensor,
     x: Tensor,
@@ -198,6 +206,8 @@ def adjoint(
         keys, bounds = _sorted_by_torch(keys, tiles, walk.step, rows - order, order, scatter_d, bits)
         place(x, keys, places, slopes)
     dots = v = b = None
+    if base is not None and scatter_d >= 0:  # before there is a gradient: what this needs is free again then
+        b = _base_gradient(acts, grad, x, weight).to(base.dtype)
     if dot_d >= 0:
         dots = torch.empty(blocks, samples, features, dtype=x.dtype if blocks == 1 else sums, device=device)
     if scatter_d >= 0:
@@ -210,10 +220,4 @@ def adjoint(
         dots = dots[0] if blocks == 1 else dots.sum(0).to(x.dtype)
     if scatter_d >= 0 and walk.pieces > 1:
         v = v.sum(0).to(weight.dtype)
-    if scatter_d >= 0 and base is not None:
-        much = samples * features * outputs >= MUCH and samples % gpu_parts.WIDTH == 0
-        if much and grad.dtype == torch.float32 and gpu_parts.multiplies(x, weight):
-            b = gpu_parts.product(gpu_parts.split(acts), gpu_parts.split(grad))[0].to(base.dtype)
-        else:
-            b = (acts @ grad.to(sums)).to(base.dtype)
     return dots, v, b
