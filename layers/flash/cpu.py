@@ -95,6 +95,15 @@ def _locate(x, lo, hi, inv_h, at_knots, size, cells, f, order):
         f[b] = u - c
 
 
+@numba.njit(forceinline=True, fastmath=AS_WRITTEN)
+def _overhang(cells, size):
+    """How many windows reach beyond an end of the grid."""
+    n = 0
+    for b in range(cells.shape[0]):
+        n += np.int64(cells[b] < 0) | np.int64(cells[b] >= size)
+    return n
+
+
 @numba.njit(forceinline=True, fastmath=AS_WRITTEN, error_model="numpy")
 def _basis(x, f, scale, inv_h, values, order, d):
     """Basis values (or d-th derivatives) of all samples of one feature, times ``scale`` unless it is empty."""
@@ -162,6 +171,14 @@ def _turned(x, first, last):
     return out
 
 
+@numba.njit(forceinline=True)
+def _lines(n, real):
+    """``n`` numbers that begin where a line of the cache does: vectors of 64 bytes then lie in one, not in two."""
+    out = np.empty(n + 16, real)
+    skip = (-out.ctypes.data % 64) // out.itemsize
+    return out[skip : skip + n]
+
+
 def lanes_of(outputs: int) -> int:
     """How many outputs the innermost loops take at a time; rows are filled up to a multiple of it.
 
@@ -172,14 +189,18 @@ def lanes_of(outputs: int) -> int:
 
 
 @lru_cache
-def _apply(order: int, d: int, lanes: int, base: bool, real):
-    """Compiles ``apply`` for one degree, derivative and length of vectors.
+def _apply(order: int, d: int, lanes: int, single: bool, base: bool, real):
+    """Compiles ``apply`` for one degree, derivative and length of vectors; ``single``: one holds all outputs.
 
     Rows of ``y`` and ``base_rows`` are filled up to whole vectors, and rows of the weights are read that far: what
     follows one goes to where nobody looks. So that the last row may be read too, the weights of the last feature come
     once more in ``last_weight``, with room behind them.
+
+    Windows that reach beyond an end come in a loop of their own, after the others: the common case then keeps all it
+    needs in registers. A vector that crosses a line of the cache takes two loads: where samples outnumber rows, those of
+    a feature are copied to where none does.
     """
-    width = order + 1
+    width, whole_line = order + 1, lanes * real(0).itemsize >= 64
     now, before = silu_terms(d)
 
     @numba.njit(nogil=True, fastmath=AS_WRITTEN, error_model="numpy", cache=True)
@@ -187,6 +208,8 @@ def _apply(order: int, d: int, lanes: int, base: bool, real):
         samples, features = x.shape
         rows = weight.shape[0] // (features * outputs)
         size = rows - order
+        if single:
+            row = lanes
         first_feature, last_feature = chunk * features // chunks, (chunk + 1) * features // chunks
         y = copies[chunk]
         y[:] = real(0)
@@ -194,39 +217,54 @@ def _apply(order: int, d: int, lanes: int, base: bool, real):
         cells, f = np.empty(samples, np.int32), np.empty(samples, real)
         values = np.empty((width, samples), real)
         act, logistic = np.empty(samples, real), np.empty(samples, real)
+        near = rows <= samples and outputs < row and whole_line
+        near_weight = _lines(rows * row if near else 0, real)
         for i in range(first_feature, last_feature):
             column = columns[i - first_feature]
             s = scales[i - first_feature]
             _locate(column, lo, hi, inv_h, at_knots, size, cells, f, order)
             _basis(column, f, s, inv_h, values, order, d)
-            w = last_weight if i == features - 1 else weight[i * rows * outputs :]
+            w, stride = last_weight if i == features - 1 else weight[i * rows * outputs :], outputs
+            if near:
+                for r in range(rows):
+                    for o in range(0, row, lanes):
+                        store(load(w, r * outputs + o, lanes), near_weight, r * row + o)
+                w, stride = near_weight, row
             if base:
                 _logistic(column, logistic)
                 _silu(column, logistic, s, act, now, before, d)
+            overhang = _overhang(cells, size)
             for o in range(0, row, lanes):
+                base_row = load(base_rows, i * row + o, lanes) if base else load(y, o, lanes)
                 for b in range(samples):
-                    c = np.int64(cells[b])
-                    part = load(y, b * row + o, lanes)
+                    c, at = np.int64(cells[b]), b * row + o
+                    part = load(y, at, lanes)
                     if base:
-                        part = fma(act[b], load(base_rows, i * row + o, lanes), part)
+                        part = fma(act[b], base_row, part)
                     if c >= 0 and c < size:
+                        window = c * stride + o
                         for r in range(width):
-                            part = fma(values[r, b], load(w, (c + r) * outputs + o, lanes), part)
-                    else:
-                        for r in range(max(-c, 0), min(rows - c, width)):
-                            part = fma(values[r, b], load(w, (c + r) * outputs + o, lanes), part)
-                    store(part, y, b * row + o)
+                            part = fma(values[r, b], load(w, window + r * stride, lanes), part)
+                    store(part, y, at)
+                if overhang > 0:
+                    for b in range(samples):
+                        c, at = np.int64(cells[b]), b * row + o
+                        if c < 0 or c >= size:
+                            part = load(y, at, lanes)
+                            for r in range(max(-c, 0), min(rows - c, width)):
+                                part = fma(values[r, b], load(w, (c + r) * stride + o, lanes), part)
+                            store(part, y, at)
 
     return run
 
 
 @lru_cache
-def _adjoint(order: int, dot_d: int, scatter_d: int, lanes: int, base: bool, real):
-    """Compiles ``dot`` and ``scatter`` together; an order of -1 leaves that half out. ``lanes``: see ``_apply``.
+def _adjoint(order: int, dot_d: int, scatter_d: int, lanes: int, single: bool, base: bool, real):
+    """Compiles ``dot`` and ``scatter`` together; an order of -1 leaves that half out. For the rest see ``_apply``.
 
     The rows of ``grad`` and ``base_rows`` are filled up with zeros.
     """
-    width = order + 1
+    width, whole_line = order + 1, lanes * real(0).itemsize >= 64
     slope_d, value_d = max(dot_d, 0), max(scatter_d, 0)
     slope_now, slope_before = silu_terms(slope_d)
     value_now, value_before = silu_terms(value_d)
@@ -239,20 +277,30 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, lanes: int, base: bool, rea
         samples, features = x.shape
         rows = weight.shape[0] // (features * outputs)
         size = rows - order
+        if single:
+            row = lanes
         first_feature, last_feature = chunk * features // chunks, (chunk + 1) * features // chunks
         columns, scales = _turned(x, first_feature, last_feature), _turned(scale, first_feature, last_feature)
         cells, f = np.empty(samples, np.int32), np.empty(samples, real)
         values = np.empty((width, samples), real)
         act, logistic = np.empty(samples, real), np.empty(samples, real)
-        local = np.empty(rows * row if scatter_d >= 0 else 0, real)
+        local = _lines(rows * row if scatter_d >= 0 else 0, real)
+        near = dot_d >= 0 and rows <= samples and outputs < row and whole_line
+        near_weight = _lines(rows * row if near else 0, real)
         nothing, local_base = np.zeros(lanes, real), np.empty(row, real)
         for i in range(first_feature, last_feature):
             column = columns[i - first_feature]
             none = column[:0]
-            w = last_weight if i == features - 1 else weight[i * rows * outputs :]
+            w, stride = last_weight if i == features - 1 else weight[i * rows * outputs :], outputs
+            if near:
+                for r in range(rows):
+                    for o in range(0, row, lanes):
+                        store(load(w, r * outputs + o, lanes), near_weight, r * row + o)
+                w, stride = near_weight, row
             if base:
                 _logistic(column, logistic)
             _locate(column, lo, hi, inv_h, at_knots, size, cells, f, order)
+            overhang = _overhang(cells, size)
             if scatter_d >= 0:
                 s = scales[i - first_feature]
                 _basis(column, f, s, inv_h, values, order, value_d)
@@ -266,13 +314,17 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, lanes: int, base: bool, rea
                         if base:
                             sums = fma(act[b], g, sums)
                         if c >= 0 and c < size:
+                            window = c * row + o
                             for r in range(width):
-                                at = (c + r) * row + o
+                                at = window + r * row
                                 store(fma(values[r, b], g, load(local, at, lanes)), local, at)
-                        else:
-                            for r in range(max(-c, 0), min(rows - c, width)):
-                                at = (c + r) * row + o
-                                store(fma(values[r, b], g, load(local, at, lanes)), local, at)
+                    if overhang > 0:
+                        for b in range(samples):
+                            c, g = np.int64(cells[b]), load(grad, b * row + o, lanes)
+                            if c < 0 or c >= size:
+                                for r in range(max(-c, 0), min(rows - c, width)):
+                                    at = (c + r) * row + o
+                                    store(fma(values[r, b], g, load(local, at, lanes)), local, at)
                     store(sums, local_base, o)
                 gradient[i] = local.reshape(rows, row)[:, :outputs]
                 if base:
@@ -281,20 +333,31 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, lanes: int, base: bool, rea
                 _basis(column, f, none, inv_h, values, order, slope_d)
                 if base:
                     _silu(column, logistic, none, act, slope_now, slope_before, slope_d)
+                base_row = load(base_rows, i * row, lanes) if base else load(nothing, 0, lanes)
                 for b in range(samples):
                     c, sums = np.int64(cells[b]), load(nothing, 0, lanes)
                     for o in range(0, row, lanes):
                         part = load(nothing, 0, lanes)
                         if base:
-                            part = fma(act[b], load(base_rows, i * row + o, lanes), part)
+                            part = fma(act[b], base_row if single else load(base_rows, i * row + o, lanes), part)
                         if c >= 0 and c < size:
+                            window = c * stride + o
                             for r in range(width):
-                                part = fma(values[r, b], load(w, (c + r) * outputs + o, lanes), part)
-                        else:
-                            for r in range(max(-c, 0), min(rows - c, width)):
-                                part = fma(values[r, b], load(w, (c + r) * outputs + o, lanes), part)
+                                part = fma(values[r, b], load(w, window + r * stride, lanes), part)
                         sums = fma(load(grad, b * row + o, lanes), first(part, outputs - o), sums)
                     columns[i - first_feature, b] = total(sums)  # the column is not needed any more
+                if overhang > 0:
+                    for b in range(samples):
+                        c, sums = np.int64(cells[b]), load(nothing, 0, lanes)
+                        if c < 0 or c >= size:
+                            for o in range(0, row, lanes):
+                                part = load(nothing, 0, lanes)
+                                if base:
+                                    part = fma(act[b], load(base_rows, i * row + o, lanes), part)
+                                for r in range(max(-c, 0), min(rows - c, width)):
+                                    part = fma(values[r, b], load(w, (c + r) * stride + o, lanes), part)
+                                sums = fma(load(grad, b * row + o, lanes), first(part, outputs - o), sums)
+                            columns[i - first_feature, b] = total(sums)
         if dot_d >= 0:
             for b in range(samples):
                 for i in range(first_feature, last_feature):
@@ -391,8 +454,8 @@ def apply(
             [apply(x[p], weight, base, None if scale is None else scale[p], order, lo, hi, d) for p in parts]
         )
     chunks = call.chunks(x.shape[0] * call.row)
-    copies = np.empty((chunks, x.shape[0] * call.row), call.real)
-    run = _apply(order, d, call.lanes, base is not None, call.real)
+    copies = torch.empty(chunks, x.shape[0] * call.row, dtype=call.dtype).numpy()  # PyTorch begins at a cache line
+    run = _apply(order, d, call.lanes, call.row == call.lanes, base is not None, call.real)
     _run_on_all(run, call.threads, chunks, call.x, call.scale, *call.weights, call.base, copies, *call.numbers)
     y = torch.empty(x.shape[0], outputs, dtype=call.dtype)
     _sum(copies, y.numpy(), call.row)
@@ -417,7 +480,7 @@ def adjoint(
     p = torch.empty(x.shape if with_dot else (0, 0), dtype=call.dtype)
     v = torch.empty(weight.shape if with_scatter else (0, 0, 0), dtype=call.dtype)
     b = torch.empty(base.shape if with_scatter and base is not None else (0, 0), dtype=call.dtype)
-    run = _adjoint(order, dot_d, scatter_d, call.lanes, base is not None, call.real)
+    run = _adjoint(order, dot_d, scatter_d, call.lanes, call.row == call.lanes, base is not None, call.real)
     arrays = call.rows(grad), call.x, call.scale, *call.weights, call.base, p.numpy(), v.numpy(), b.numpy()
     _run_on_all(run, call.threads, call.chunks(0), *arrays, *call.numbers)
     none = x.new_empty(0)
