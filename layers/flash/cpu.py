@@ -179,6 +179,15 @@ def _lines(n, real):
     return out[skip : skip + n]
 
 
+@numba.njit(forceinline=True)
+def _to_lines(w, out, rows, outputs, row, lanes):
+    """Copies rows of ``outputs`` numbers to where each begins ``row`` numbers after the one before."""
+    lanes = numba.literally(lanes)
+    for r in range(rows):
+        for o in range(0, row, lanes):
+            store(load(w, r * outputs + o, lanes), out, r * row + o)
+
+
 def lanes_of(outputs: int) -> int:
     """How many outputs the innermost loops take at a time; rows are filled up to a multiple of it.
 
@@ -226,9 +235,7 @@ def _apply(order: int, d: int, lanes: int, single: bool, base: bool, real):
             _basis(column, f, s, inv_h, values, order, d)
             w, stride = last_weight if i == features - 1 else weight[i * rows * outputs :], outputs
             if near:
-                for r in range(rows):
-                    for o in range(0, row, lanes):
-                        store(load(w, r * outputs + o, lanes), near_weight, r * row + o)
+                _to_lines(w, near_weight, rows, outputs, row, lanes)
                 w, stride = near_weight, row
             if base:
                 _logistic(column, logistic)
@@ -293,9 +300,7 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, lanes: int, single: bool, b
             none = column[:0]
             w, stride = last_weight if i == features - 1 else weight[i * rows * outputs :], outputs
             if near:
-                for r in range(rows):
-                    for o in range(0, row, lanes):
-                        store(load(w, r * outputs + o, lanes), near_weight, r * row + o)
+                _to_lines(w, near_weight, rows, outputs, row, lanes)
                 w, stride = near_weight, row
             if base:
                 _logistic(column, logistic)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from typing import NamedTuple
 
@@ -11,10 +10,9 @@ import torch
 from torch import Tensor
 
 from layers.flash import dense, reference
-from layers.flash.launch import tf32_allowed
+from layers.flash.launch import INTERPRETED, tf32_allowed
 
 ROUTES = (None, "local", "dense", "reference")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # GPU kernels run, slowly, on the CPU
 
 
 @functools.cache

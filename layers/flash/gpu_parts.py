@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from layers.flash import triton_parts
-from layers.flash.launch import Launch, ceil_div, dtypes, multiprocessors, remembered, tf32_allowed
+from layers.flash.launch import INTERPRETED, Launch, ceil_div, dtypes, multiprocessors, remembered, tf32_allowed
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ STAGES = 3  # loads in flight
 # larger tile do not fit into its tensor memory.
 FASTER = {(8, 0), (9, 0)}
 WIDTH = 16  # columns that divide those of every matrix, so that all loads are 16 bytes wide
-PART = torch.float32 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16  # the interpreter's is wrong
+PART = torch.float32 if INTERPRETED else torch.bfloat16  # the interpreter's is wrong
 
 
 @functools.cache

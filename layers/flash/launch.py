@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 
 import torch
 from torch import Tensor
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # GPU kernels run, slowly, on the CPU
 REMEMBERED = 1024  # launches of one kind; a loop over ever new batch sizes must not fill the memory
 _NOTHING = contextlib.nullcontext()
 
