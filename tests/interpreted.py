@@ -8,7 +8,7 @@ route, LazyAdam.
 import torch
 
 from layers.bsplines import dense_basis
-from layers.flash import gpu, gpu_dense, gpu_few, gpu_many, gpu_parts, reference, triton_adam
+from layers.flash import gpu, gpu_dense, gpu_few, gpu_parts, gpu_walk, reference, triton_adam
 
 CASES = [  # B, I, O, G, k
     (17, 3, 10, 5, 3),
@@ -31,10 +31,10 @@ DENSE_CASES = [  # the same, and an order of differentiation
 ]
 SETTINGS = [  # numbers that decide which kernel runs: with other ones small cases meet every kernel
     ([], CASES, WAYS),
-    ([(gpu_many, "AT_ONCE", 8)], SOME, WAYS[:1]),  # keys sorted by torch
+    ([(gpu_walk, "AT_ONCE", 8)], SOME, WAYS[:1]),  # keys sorted by torch
     ([(gpu_few, "SORT_ALONG", 8), (gpu_few, "FEW_ROWS", 4)], SOME, WAYS[:2]),  # few outputs: sorted by a kernel before
     ([(gpu_few, "multiprocessors", lambda _: 1), (gpu_few, "FEW_ROWS", 4)], SOME, WAYS[:1]),  # a program, many tiles
-    ([(gpu_many, "PIECE", 8), (gpu, "FEW_OUTPUTS", 0)], SOME, WAYS[:1]),  # the walk: a tile's samples in pieces
+    ([(gpu_walk, "PIECE", 8), (gpu, "FEW_OUTPUTS", 0)], SOME, WAYS[:1]),  # the walk: a tile's samples in pieces
 ]
 
 
@@ -102,7 +102,7 @@ def change(setting: list) -> None:
     """Sets numbers of modules; launches that were built with others are forgotten."""
     for module, name, value in setting:
         setattr(module, name, value)
-    for built in (gpu_few._backward, gpu_many._backward):
+    for built in (gpu_few._backward, gpu_walk._backward):
         built.cache_clear()
 
 

@@ -1,11 +1,11 @@
-"""The GPU route: which of the two families of Triton kernels takes a call, ``gpu_few.py`` or ``gpu_many.py``."""
+"""The GPU route: which Triton kernels take a call, those of ``gpu_few.py`` or of ``gpu_many.py`` and ``gpu_walk.py``."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from layers.flash import gpu_few, gpu_many
+from layers.flash import gpu_few, gpu_many, gpu_walk
 from layers.flash.launch import on_device_of
 from layers.flash.reference import compute_dtype
 
@@ -56,9 +56,9 @@ def adjoint(
         )
     else:
         # Products on tensor cores: not in float64, not with basis functions that jump, as they do not look for cells.
-        few = weight.shape[2] <= FEW_OUTPUTS and x.shape[0] <= gpu_many.AT_ONCE and order - scatter_d >= 1
+        few = weight.shape[2] <= FEW_OUTPUTS and x.shape[0] <= gpu_walk.AT_ONCE and order - scatter_d >= 1
         few = few and compute_dtype(x, weight) == torch.float32
-        run = gpu_few.adjoint if few else gpu_many.adjoint
+        run = gpu_few.adjoint if few else gpu_walk.adjoint
         with on_device_of(x):
             results = run(*_contiguous(grad, x, weight, base, scale), order, lo, hi, dot_d, scatter_d)
     # Each an empty tensor of its own: PyTorch forbids an op whose results are one another.

@@ -1,7 +1,7 @@
 """The GPU kernels that sort the samples of each feature by cell, in Triton.
 
 The samples that reach a row of the gradient then lie next to each other, and every row is written once, by one program.
-Launches: ``gpu_few.py`` and ``gpu_many.py``.
+Launches: ``gpu_few.py`` and ``gpu_walk.py``.
 """
 
 import torch
