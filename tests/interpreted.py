@@ -34,7 +34,8 @@ SETTINGS = [  # numbers that decide which kernel runs: with other ones small cas
     ([(gpu_walk, "AT_ONCE", 8)], SOME, WAYS[:1]),  # keys sorted by torch
     ([(gpu_few, "SORT_ALONG", 8), (gpu_few, "FEW_ROWS", 4)], SOME, WAYS[:2]),  # few outputs: sorted by a kernel before
     ([(gpu_few, "multiprocessors", lambda _: 1), (gpu_few, "FEW_ROWS", 4)], SOME, WAYS[:1]),  # a program, many tiles
-    ([(gpu_walk, "PIECE", 8), (gpu, "FEW_OUTPUTS", 0)], SOME, WAYS[:1]),  # the walk: a tile's samples in pieces
+    ([(gpu_walk, "STEPS", 8), (gpu, "FEW_OUTPUTS", 0)], CASES, WAYS),  # the walk, cut into many stretches
+    ([(gpu_walk, "STEPS", 8), (gpu_walk, "AT_ONCE", 8)], SOME, WAYS[:1]),
 ]
 
 

@@ -6,6 +6,7 @@ the measurements.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,16 +19,17 @@ from layers.flash.reference import compute_dtype
 
 AT_ONCE = 2048  # samples; above, torch.sort is faster than one program that sorts
 MUCH = 2**31  # multiplications for the gradient of the base weights, from which three parts pay
-PIECE = 512  # samples that are worth a program of their own in the walk
+NARROW_GRAD = 700  # rows from which a gradient in bfloat16 is worth the conversion, as the walk waits for memory
+STEPS = 32  # samples and cells that are worth a program of their own in the walk
 
 
 class Walk(NamedTuple):
-    """Rows of a tile, outputs of a program of one warp, into how many pieces a tile's samples are cut, the registers a
-    thread may use, and whether weights are read two rows ahead."""
+    """Outputs of a program of one warp, into how many stretches a feature's walk is cut and how many steps each has, the
+    registers a thread may use, and whether weights are read two rows ahead."""
 
-    step: int
     block: int
-    pieces: int
+    stretches: int
+    each: int
     registers: int | None
     far: bool
 
@@ -36,23 +38,23 @@ def walk_shape(samples: int, features: int, rows: int, outputs: int, order: int,
     """As many programs as run at the same time, and no more: where registers are the limit, 8 a multiprocessor with 512
     outputs, 16 with 256, 24 with fewer. With many rows, waiting for weights takes longer than computing, and 16 wait
     better.
-
-    More tiles of fewer rows mean that more samples reach two of them; more pieces, gradients that have to be added.
     """
     block = min(power_of_2(outputs), 128 if wide or order > 3 else 256 if rows > 512 else 512)
     together = processors * min(8 * (512 // block), 24)
-    slots = max(1, together // (features * ceil_div(outputs, block)))
-
-    def tiles(pieces: int) -> int:
-        return max(1, min(slots // pieces, rows // 10))
-
-    def cost(pieces: int) -> float:
-        work = samples * (2 + order * tiles(pieces) / rows) * slots / (tiles(pieces) * pieces)
-        return work + (10 * pieces * rows if pieces > 1 else 0)
-
-    pieces = min(range(1, max(1, min(slots, samples // PIECE)) + 1), key=cost)
+    steps = samples + rows + order + 2  # cells that samples outside are sorted into lie on both sides of the rows
+    wanted = together // (features * ceil_div(outputs, block))
+    stretches = max(1, min(wanted, steps // STEPS, math.isqrt(steps)))  # carries are added one after the other
     registers = 128 if block == 256 and order <= 3 and not wide else None
-    return Walk(ceil_div(rows, tiles(pieces)), block, pieces, registers, block == 512)
+    return Walk(block, stretches, ceil_div(steps, stretches), registers, block == 512)
+
+
+class Launches(NamedTuple):
+    """Of a backward pass: they sort, find places, walk, and add the carries of stretches."""
+
+    arrange: Launch
+    place: Launch
+    walk: Launch
+    carry: Launch
 
 
 @remembered
@@ -66,12 +68,12 @@ def _backward(
     dot_d: int,
     scatter_d: int,
     processors: int,
-) -> tuple[Launch, Launch, Launch, Walk, int, torch.dtype]:
-    """The launches that sort, find places and walk; the walk's shape; a key's bits and dtype."""
+) -> tuple[Launches, Walk, torch.dtype]:
+    """The launches, the walk's shape, and the dtype of the keys."""
     (samples, features, rows), (_, _, x_dtype, weight_dtype, base, scale) = shape, kinds
     wide, size = torch.float64 in (x_dtype, weight_dtype), rows - order
     walk = walk_shape(samples, features, rows, outputs, order, wide, processors)
-    tiles, in_kernel = ceil_div(rows, walk.step), samples <= AT_ONCE
+    in_kernel, cut = samples <= AT_ONCE, (walk.each, walk.stretches)
     bits, key_dtype = triton_sort.key_format(samples, size, order)
     has_base, inv_h = base is not None, size / (hi - lo)
     shared = {"ORDER": order, "DOT_D": dot_d}
@@ -80,30 +82,21 @@ def _backward(
     block = power_of_2(samples) if in_kernel else 1024
     constants = shared | {"SCATTER_D": scatter_d} | sums | {"SCALED": scale is not None} | slopes
     constants |= {"ACTS": has_base and scatter_d >= 0, "SORT": in_kernel, "NB": block, "BITS": bits}
-    numbers = (samples, features, size, walk.step, tiles, lo, hi, inv_h)
+    numbers = (samples, features, size, *cut, lo, hi, inv_h)
     grid, warps = (features, ceil_div(samples, block)), triton_sort.sort_warps(block) if in_kernel else 4
     arrange = Launch(triton_sort.arrange_kernel, grid, numbers, constants, warps)
     constants = shared | sums | slopes | {"BITS": bits, "BN": 256}
     grid = (features, ceil_div(samples, 256))
-    place = Launch(triton_sort.place_kernel, grid, (samples, features, lo, inv_h), constants, 4)
+    place = Launch(triton_sort.place_kernel, grid, (samples, features, *cut, lo, inv_h), constants, 4)
     constants = shared | {"SCATTER_D": scatter_d} | sums | {"SCALED": scale is not None, "BASE": has_base}
     constants |= {"BITS": bits, "BO": walk.block, "WHOLE": outputs % walk.block == 0, "FAR": walk.far}
-    numbers = (samples, features, outputs, size, walk.step, tiles, walk.pieces, inv_h)
-    grid = (features, tiles * walk.pieces, ceil_div(outputs, walk.block))
+    numbers, grid = (samples, features, outputs, size, *cut, inv_h), (features, walk.stretches)
+    grid = (*grid, ceil_div(outputs, walk.block))
     go = Launch(triton_walk.walk_kernel, grid, numbers, constants, 1, registers=walk.registers)
-    return arrange, place, go, walk, bits, key_dtype
-
-
-def _sorted_by_torch(keys: Tensor, tiles: int, step: int, size: int, order: int, scatter_d: int, bits: int):
-    """Keys (I, B) in order, and the bounds that ``arrange_kernel`` describes."""
-    keys = keys.sort(dim=1).values
-    cells = torch.arange(tiles, device=keys.device, dtype=keys.dtype) * step
-    reach = cells + (1 if scatter_d >= 0 else order + 1)
-    beyond = cells + (step + order + 1)
-    reach[:1].fill_(0)  # filled, not assigned: an assignment would copy from the CPU and wait
-    beyond[-1:].fill_(size + 2 * order + 2)
-    edges = (torch.stack([reach, beyond]) << bits).flatten().expand(keys.shape[0], -1).contiguous()
-    return keys, torch.searchsorted(keys, edges, out_int32=True)
+    constants = {"ORDER": order} | sums | {"BO": min(walk.block, 256)}
+    grid = (features, ceil_div(outputs, constants["BO"]))
+    carry = Launch(triton_walk.carry_kernel, grid, (features, outputs, size, *cut), constants, 2)
+    return Launches(arrange, place, go, carry), walk, key_dtype
 
 
 def _base_gradient(acts: Tensor, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -133,33 +126,40 @@ def adjoint(
     (samples, features), (_, rows, outputs), device = x.shape, weight.shape, x.device
     kinds, shape, sums = dtypes(grad, x, weight, base, scale), (samples, features, rows), compute_dtype(x, weight)
     lo, hi, processors = float(lo), float(hi), multiprocessors(device)
-    arrange, place, go, walk, bits, key_dtype = _backward(
-        kinds, shape, outputs, order, lo, hi, dot_d, scatter_d, processors
-    )
-    blocks, tiles = ceil_div(outputs, walk.block), ceil_div(rows, walk.step)
+    if weight.dtype == torch.bfloat16 and sums == torch.float32 and rows > NARROW_GRAD:
+        grad = grad.to(weight.dtype)
+        kinds = dtypes(grad, x, weight, base, scale)
+    launches, walk, key_dtype = _backward(kinds, shape, outputs, order, lo, hi, dot_d, scatter_d, processors)
+    blocks, several = ceil_div(outputs, walk.block), walk.stretches > 1
     keys = torch.empty(features, samples, dtype=key_dtype, device=device)
     places = torch.empty(features, samples, dtype=sums, device=device)
     slopes = torch.empty_like(places) if base is not None and dot_d >= 0 else places
-    acts = torch.empty_like(places) if base is not None and scatter_d >= 0 else places
-    bounds = torch.empty(features, 2, tiles, dtype=torch.int32, device=device)
+    acts = places
+    if base is not None and scatter_d >= 0:
+        narrow = base.dtype == torch.bfloat16 and sums == torch.float32  # not float16, whose range is small
+        acts = torch.empty_like(places, dtype=base.dtype if narrow else sums)
+    cuts = torch.empty(features, walk.stretches + 1, dtype=torch.int32, device=device)
     scaling = x if scale is None else scale
-    arrange(x, scaling, keys, places, slopes, acts, bounds)
+    launches.arrange(x, scaling, keys, places, slopes, acts, cuts)
     if samples > AT_ONCE:
-        keys, bounds = _sorted_by_torch(keys, tiles, walk.step, rows - order, order, scatter_d, bits)
-        place(x, keys, places, slopes)
-    dots = v = b = None
+        keys = keys.sort(dim=1).values
+        launches.place(x, keys, places, slopes, cuts)
+    dots = v = b = carries = None
     if base is not None and scatter_d >= 0:  # before there is a gradient: what this needs is free again then
         b = _base_gradient(acts, grad, x, weight).to(base.dtype)
     if dot_d >= 0:
         dots = torch.empty(blocks, samples, features, dtype=x.dtype if blocks == 1 else sums, device=device)
     if scatter_d >= 0:
-        v = torch.empty_like(weight)
-        if walk.pieces > 1:
-            v = torch.empty(walk.pieces, *weight.shape, dtype=sums, device=device)
-    results = (places if t is None else t for t in (dots, v))
-    go(grad, scaling, weight, weight if base is None else base, keys, places, slopes, bounds, *results)
+        # Carries that meet in a row are rounded one by one: of more than one only in full precision.
+        v = torch.empty_like(weight, dtype=weight.dtype if walk.stretches <= 2 else sums)
+        if several:
+            carries = v.new_empty(walk.stretches - 1, features, order + 1, outputs)
+    results = (places if t is None else t for t in (dots, v, v if carries is None else carries))
+    base = weight if base is None else base
+    launches.walk(grad, scaling, weight, base, keys, places, slopes, cuts, *results)
     if dot_d >= 0:
         dots = dots[0] if blocks == 1 else dots.sum(0).to(x.dtype)
-    if scatter_d >= 0 and walk.pieces > 1:
-        v = v.sum(0).to(weight.dtype)
+    if scatter_d >= 0 and several:
+        launches.carry(cuts, carries, v)
+        v = v.to(weight.dtype)
     return dots, v, b

@@ -54,18 +54,20 @@ def sort_kernel(
     tl.store(keys + i * samples + n, key, mask=n < samples)
 
 
-@triton.jit(do_not_specialize=["samples", "features", "size", "step", "tiles"])
+@triton.jit(do_not_specialize=["samples", "features", "size", "each", "stretches"])
 def arrange_kernel(
-    x, scale, keys, places, slopes, acts, bounds,
-    samples, features, size, step, tiles,
+    x, scale, keys, places, slopes, acts, cuts,
+    samples, features, size, each, stretches,
     lo: "fp64", hi: "fp64", inv_h: "fp64",
     ORDER: tl.constexpr, DOT_D: tl.constexpr, SCATTER_D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr,
     SLOPES: tl.constexpr, ACTS: tl.constexpr, SORT: tl.constexpr, NB: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """All that a walk needs of the samples of one feature: keys[i] as ``sort_kernel`` makes them and, behind them,
-    places and slopes (see ``_place``); bounds[i]: for each tile of ``step`` rows the first key whose cell reaches it
-    (or owns it) and the first beyond. Without SORT only the keys are made, in the order of the samples. With ACTS also
-    acts[i, b], SiLU's value times the scale.
+    places and slopes (see ``_place``); cuts[i]: the first key of each stretch of the walk, and the number of keys. Without
+    SORT only the keys are made, in the order of the samples. With ACTS also acts[i, b], SiLU's value times the scale.
+
+    A walk takes a step for each sample and for each cell; a stretch is ``each`` steps. In order, samples and cells are a
+    merge path (Green, McColl and Bader 2012): the sample n is step n + (its cell's number).
     """
     i = tl.program_id(0).to(tl.int64)
     lo, hi, inv_h = tl.full([], lo, CT), tl.full([], hi, CT), tl.full([], inv_h, CT)
@@ -76,22 +78,15 @@ def arrange_kernel(
         act = silu(tl.load(x + at, mask=here, other=0.0).to(CT), SCATTER_D)
         if SCALED:
             act *= tl.load(scale + at, mask=here, other=0.0).to(CT)
-        tl.store(acts + i * samples + n, act, mask=here)
+        tl.store(acts + i * samples + n, act.to(acts.dtype.element_ty), mask=here)
     if SORT:
         key = sorted_keys(x, i, n, here, samples, features, size, lo, hi, inv_h, ORDER, CT, keys.dtype.element_ty, BITS)
         _place(key, here, n, x, places, slopes, samples, features, i, lo, inv_h, ORDER, DOT_D, CT, SLOPES, BITS)
-        cell = tl.where(here, (key >> BITS).to(tl.int32) - (ORDER + 1), size + ORDER + 1)
-        for first in range(0, tiles, 4):
+        step = n + (key >> BITS).to(tl.int32)
+        for first in range(0, stretches + 1, 4):
             t = first + tl.arange(0, 4)
-            reach = tl.where(t == 0, -ORDER - 1, t * step - (ORDER if SCATTER_D >= 0 else 0))
-            beyond = tl.where(t == tiles - 1, size + ORDER + 1, (t + 1) * step)
-            # Two numbers below 2 ** 16 in one sum.
-            both = (cell[:, None] < reach[None, :]).to(tl.int32) + (
-                (cell[:, None] < beyond[None, :]).to(tl.int32) << 16
-            )
-            both = tl.sum(both, axis=0)
-            tl.store(bounds + i * 2 * tiles + t, both & 0xFFFF, mask=t < tiles)
-            tl.store(bounds + i * 2 * tiles + tiles + t, both >> 16, mask=t < tiles)
+            before = tl.sum((here[:, None] & (step[:, None] < (t * each)[None, :])).to(tl.int32), axis=0)
+            tl.store(cuts + i * (stretches + 1) + t, before, mask=t <= stretches)
     else:
         xv = tl.load(x + n.to(tl.int64) * features + i, mask=here, other=0.0).to(CT)
         cell, _ = locate(xv, lo, hi, inv_h, size, ORDER)
@@ -99,23 +94,34 @@ def arrange_kernel(
     tl.store(keys + i * samples + n, key, mask=here)
 
 
-@triton.jit(do_not_specialize=["samples", "features"])
+@triton.jit(do_not_specialize=["samples", "features", "each", "stretches"])
 def place_kernel(
-    x, keys, places, slopes,
-    samples, features,
+    x, keys, places, slopes, cuts,
+    samples, features, each, stretches,
     lo: "fp64", inv_h: "fp64",
     ORDER: tl.constexpr, DOT_D: tl.constexpr, CT: tl.constexpr, SLOPES: tl.constexpr, BITS: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """``places`` and ``slopes`` for keys that were sorted elsewhere."""
+    """What ``arrange_kernel`` leaves to do for keys that were sorted elsewhere."""
     i = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BN + tl.arange(0, BN)
     here = at < samples
-    key = tl.load(keys + i * samples + at, mask=here, other=0)
+    keys += i * samples
+    key = tl.load(keys + at, mask=here, other=0)
     _place(
         key, here, at, x, places, slopes, samples, features, i, tl.full([], lo, CT), tl.full([], inv_h, CT),
         ORDER, DOT_D, CT, SLOPES, BITS,
     )  # fmt: skip
+    if tl.program_id(1) == 0:
+        for first in range(0, stretches + 1, 16):
+            t = first + tl.arange(0, 16)
+            low, high = t * 0, t * 0 + samples
+            for _ in range(BITS + 1):  # halves what is left of ``samples <= 2 ** BITS``
+                middle = (low + high) // 2
+                cell = (tl.load(keys + middle, mask=low < high, other=0) >> BITS).to(tl.int32)
+                before = (low < high) & (middle + cell < t * each)
+                low, high = tl.where(before, middle + 1, low), tl.where(before, high, middle)
+            tl.store(cuts + i * (stretches + 1) + t, low, mask=t <= stretches)
 
 
 def sort_warps(block: int) -> int:

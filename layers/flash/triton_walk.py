@@ -1,8 +1,8 @@
 """The backward kernels for many outputs, in Triton: a walk through the sorted samples of each feature (``triton_sort.py``).
 
 A warp spreads over the outputs and holds ``k + 1`` rows of sums and of weights in registers: every row of the gradient is
-written once, by one program, without atomics or a zero-fill, and nothing changes from run to run. A derivative of -1
-leaves that half out.
+written by one program, without atomics or a zero-fill, and nothing changes from run to run. Walks are cut into stretches of
+equal length, wherever the samples are. A derivative of -1 leaves that half out.
 
 Formulas and shapes: ``layers/flash/reference.py``. Launches: ``gpu_walk.py``. ``CT`` is the dtype of all sums,
 float64 or float32, whatever the dtype of the weights.
@@ -28,60 +28,47 @@ def _grad(grad, key, o, inside, outputs, CT: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _outside(
-    j, end, before, keys, slopes, grad, wb, dots, o, inside, features, outputs,
-    ORDER: tl.constexpr, DOT_D: tl.constexpr, CT: tl.constexpr, BASE: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
-    """Samples that meet no row, from ``j`` on, of cells below ``before``: only the base answers. The next ``j``."""
-    key = tl.load(keys + j, mask=j < end, other=0)
-    while (j < end) & ((key >> BITS).to(tl.int32) - (ORDER + 1) < before):
-        if DOT_D >= 0:
-            total = tl.full([], 0.0, CT)
-            if BASE:
-                total += tl.load(slopes + j) * tl.sum(wb * _grad(grad, key, o, inside, outputs, CT, BITS), axis=0)
-            tl.store(dots + (key & (2**BITS - 1)).to(tl.int64) * features, total.to(dots.dtype.element_ty))
-        j += 1
-        key = tl.load(keys + j, mask=j < end, other=0)
-    return j
+def _first_row(t, each, cut, size, ORDER: tl.constexpr):
+    """The row where stretch ``t`` begins, which is also the cell of its first window: steps without samples are cells."""
+    return tl.minimum(t * each - cut - (ORDER + 1), size + ORDER)
 
 
-@triton.jit(do_not_specialize=["samples", "features", "size", "step", "tiles", "pieces"])
+@triton.jit(do_not_specialize=["samples", "features", "size", "each", "stretches"])
 def walk_kernel(
-    grad, scale, weight, base, keys, places, slopes, bounds, dots, gradient,
-    samples, features, outputs, size, step, tiles, pieces,
+    grad, scale, weight, base, keys, places, slopes, cuts, dots, gradient, carries,
+    samples, features, outputs, size, each, stretches,
     inv_h: "fp64",
     ORDER: tl.constexpr, DOT_D: tl.constexpr, SCATTER_D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr,
     BASE: tl.constexpr, BITS: tl.constexpr, BO: tl.constexpr, WHOLE: tl.constexpr,
     FAR: tl.constexpr,
 ):  # fmt: skip
-    """One feature, one tile of ``step`` rows of its gradient, one block of outputs: cell by cell, sample by sample.
+    """One feature, one stretch of its walk (see ``arrange_kernel``), one block of outputs: cell by cell, sample by sample.
 
-    The samples of a tile are cut into ``pieces``, each with a gradient of its own: its leading dimension. ``dots`` has
-    one for the blocks of outputs; WHOLE: BO divides the outputs. The loop over cells is unrolled ``k + 1`` times: then
-    a window that moves on by a row is a matter of names, and no register is copied. FAR: weights are read two rows
-    ahead, not one.
+    A stretch writes the rows from its first to the next one's; what its samples add to the ``k + 1`` rows behind these
+    is its carry (stretches - 1, I, k + 1, O). ``dots`` has one for the blocks of outputs; WHOLE: BO divides the outputs.
+    The loop over cells is unrolled ``k + 1`` times: then a window that moves on by a row is a matter of names, and no
+    register is copied. FAR: weights are read two rows ahead, not one.
     """
     i = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1) // pieces
-    piece = tl.program_id(1) % pieces
+    stretch = tl.program_id(1)
     block = tl.program_id(2)
     inv_h = tl.full([], inv_h, CT)
     o = block * BO + tl.arange(0, BO)
     inside = (o >= 0) if WHOLE else (o < outputs)
     rows = size + ORDER
-    first = tile * step
-    stop = tl.minimum(first + step, rows)
+    cuts += i * (stretches + 1) + stretch
+    j = tl.load(cuts)
+    end = tl.load(cuts + 1)
+    c = _first_row(stretch, each, j, size, ORDER)  # a0 and w0 belong to row c
+    stop = _first_row(stretch + 1, each, end, size, ORDER)
+    carried = (SCATTER_D >= 0) & (stretch + 1 < stretches)
     weight += i * rows * outputs
-    gradient += (piece.to(tl.int64) * features + i) * rows * outputs
+    gradient += i * rows * outputs
+    carries += ((stretch.to(tl.int64) * features + i) * (ORDER + 1) - stop) * outputs
     keys += i * samples
     places += i * samples
     slopes += i * samples
     dots += block.to(tl.int64) * samples * features + i
-    j = tl.load(bounds + i * 2 * tiles + tile)
-    end = tl.load(bounds + i * 2 * tiles + tiles + tile)
-    each = tl.cdiv(end - j, pieces)
-    j = tl.minimum(j + piece * each, end)
-    end = tl.minimum(j + each, end)
     MASK: tl.constexpr = 2**BITS - 1
     NONE: tl.constexpr = 2 ** (keys.dtype.element_ty.primitive_bitwidth - 1) - 1  # a cell that does not exist
     SLOPES: tl.constexpr = BASE and DOT_D >= 0
@@ -90,13 +77,8 @@ def walk_kernel(
     a0, a1, a2, a3, a4, a5 = nil, nil, nil, nil, nil, nil
     w0, w1, w2, w3, w4, w5 = nil, nil, nil, nil, nil, nil
     ahead, far, wb = nil, nil, nil
-    c = first - ORDER  # a0 and w0 belong to row c
     if SLOPES:
         wb = tl.load(base + i * outputs + o, mask=inside, other=0.0).to(CT)
-    if tile == 0:
-        j = _outside(
-            j, end, -ORDER, keys, slopes, grad, wb, dots, o, inside, features, outputs, ORDER, DOT_D, CT, BASE, BITS
-        )
     if DOT_D >= 0:
         w0 = _row(weight, c, o, inside, rows, outputs, CT)
         if ORDER >= 1:
@@ -118,9 +100,9 @@ def walk_kernel(
     f = tl.load(places + j, mask=j < end, other=0.0)
     slope = tl.load(slopes + j, mask=j < end, other=0.0) if SLOPES else f
     g = _grad(grad, tl.where(j < end, key, 0), o, inside, outputs, CT, BITS)
-    while c < stop:
+    beyond = stop + tl.where(carried, ORDER + 1, 0)  # of the rows that are written
+    while (c <= stop) | (c < beyond):  # a sample's window begins at ``stop`` at the latest
         for _ in tl.static_range(ORDER + 1):
-            own = (c >= first) | (tile == 0)
             while (key >> BITS).to(tl.int32) - (ORDER + 1) == c:
                 more = j + 1 < end
                 g_next = _grad(grad, tl.where(more, key_next, 0), o, inside, outputs, CT, BITS)
@@ -143,7 +125,7 @@ def walk_kernel(
                     if BASE:
                         mix += slope * wb
                     to = dots + (key & MASK).to(tl.int64) * features
-                    tl.store(to, tl.sum(mix * g, axis=0).to(dots.dtype.element_ty), mask=own)
+                    tl.store(to, tl.sum(mix * g, axis=0).to(dots.dtype.element_ty))
                 if SCATTER_D >= 0:
                     v0, v1, v2, v3, v4, v5 = basis(f, inv_h, ORDER, SCATTER_D)
                     if SCALED:
@@ -162,9 +144,9 @@ def walk_kernel(
                 j += 1
                 g, f, slope, key, key_next = g_next, f_next, slope_next, key_next, key_after
             if SCATTER_D >= 0:
-                there = inside & (c >= first) & (c < stop)
-                row = a0.to(gradient.dtype.element_ty)
-                tl.store(gradient + c * outputs + o, row, mask=there, eviction_policy="evict_first")
+                row = tl.where(c < stop, gradient, carries) + c * outputs + o
+                there = inside & (c >= 0) & (c < beyond)
+                tl.store(row, a0.to(gradient.dtype.element_ty), mask=there, eviction_policy="evict_first")
                 a0, a1, a2, a3, a4, a5 = (
                     a1 if ORDER >= 1 else nil,
                     a2 if ORDER >= 2 else nil,
@@ -187,9 +169,27 @@ def walk_kernel(
                     ahead, far = far, _row(weight, c + ORDER + 2, o, inside, rows, outputs, CT)
                 else:
                     ahead = _row(weight, c + ORDER + 1, o, inside, rows, outputs, CT)
-    if DOT_D >= 0:
-        if tile == tiles - 1:
-            _outside(
-                j, end, size + 2 * ORDER + 2, keys, slopes, grad, wb, dots, o, inside, features, outputs,
-                ORDER, DOT_D, CT, BASE, BITS,
-            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["features", "size", "each", "stretches"])
+def carry_kernel(
+    cuts, carries, gradient,
+    features, outputs, size, each, stretches,
+    ORDER: tl.constexpr, CT: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """Adds the carries of a feature's stretches to its gradient, in their order."""
+    i = tl.program_id(0).to(tl.int64)
+    o = tl.program_id(1) * BO + tl.arange(0, BO)
+    rows = size + ORDER
+    cuts += i * (stretches + 1)
+    gradient += i * rows * outputs + o
+    carries += i * (ORDER + 1) * outputs + o
+    for stretch in range(1, stretches):
+        first = _first_row(stretch, each, tl.load(cuts + stretch), size, ORDER)
+        for r in tl.static_range(ORDER + 1):
+            row = first + r
+            there = (o < outputs) & (row >= 0) & (row < rows)
+            more = tl.load(carries + r * outputs, mask=there, other=0.0)
+            total = tl.load(gradient + row * outputs, mask=there, other=0.0).to(CT) + more.to(CT)
+            tl.store(gradient + row * outputs, total.to(gradient.dtype.element_ty), mask=there)
+        carries += tl.cast(features, tl.int64) * (ORDER + 1) * outputs
