@@ -35,7 +35,7 @@ SETTINGS = [  # numbers that decide which kernel runs: with other ones small cas
     ([(gpu_few, "SORT_ALONG", 8), (gpu_few, "FEW_ROWS", 4)], SOME, WAYS[:2]),  # few outputs: sorted by a kernel before
     ([(gpu_few, "multiprocessors", lambda _: 1), (gpu_few, "FEW_ROWS", 4)], SOME, WAYS[:1]),  # a program, many tiles
     ([(gpu_walk, "STEPS", 8), (gpu, "FEW_OUTPUTS", 0)], CASES, WAYS),  # the walk, cut into many stretches
-    ([(gpu_walk, "STEPS", 8), (gpu_walk, "AT_ONCE", 8)], SOME, WAYS[:1]),
+    ([(gpu_walk, "STEPS", 8), (gpu_walk, "AT_ONCE", 8)], SOME, WAYS[:1]),  # many stretches, keys sorted by torch
 ]
 
 

@@ -90,8 +90,8 @@ def _backward(
     place = Launch(triton_sort.place_kernel, grid, (samples, features, *cut, lo, inv_h), constants, 4)
     constants = shared | {"SCATTER_D": scatter_d} | sums | {"SCALED": scale is not None, "BASE": has_base}
     constants |= {"BITS": bits, "BO": walk.block, "WHOLE": outputs % walk.block == 0, "FAR": walk.far}
-    numbers, grid = (samples, features, outputs, size, *cut, inv_h), (features, walk.stretches)
-    grid = (*grid, ceil_div(outputs, walk.block))
+    numbers = (samples, features, outputs, size, *cut, inv_h)
+    grid = (features, walk.stretches, ceil_div(outputs, walk.block))
     go = Launch(triton_walk.walk_kernel, grid, numbers, constants, 1, registers=walk.registers)
     constants = {"ORDER": order} | sums | {"BO": min(walk.block, 256)}
     grid = (features, ceil_div(outputs, constants["BO"]))
@@ -124,13 +124,13 @@ def adjoint(
     Contiguous tensors, at least one sample.
     """
     (samples, features), (_, rows, outputs), device = x.shape, weight.shape, x.device
-    kinds, shape, sums = dtypes(grad, x, weight, base, scale), (samples, features, rows), compute_dtype(x, weight)
+    shape, sums = (samples, features, rows), compute_dtype(x, weight)
     lo, hi, processors = float(lo), float(hi), multiprocessors(device)
     if weight.dtype == torch.bfloat16 and sums == torch.float32 and rows > NARROW_GRAD:
         grad = grad.to(weight.dtype)
-        kinds = dtypes(grad, x, weight, base, scale)
+    kinds = dtypes(grad, x, weight, base, scale)
     launches, walk, key_dtype = _backward(kinds, shape, outputs, order, lo, hi, dot_d, scatter_d, processors)
-    blocks, several = ceil_div(outputs, walk.block), walk.stretches > 1
+    blocks = ceil_div(outputs, walk.block)
     keys = torch.empty(features, samples, dtype=key_dtype, device=device)
     places = torch.empty(features, samples, dtype=sums, device=device)
     slopes = torch.empty_like(places) if base is not None and dot_d >= 0 else places
@@ -152,14 +152,14 @@ def adjoint(
     if scatter_d >= 0:
         # Carries that meet in a row are rounded one by one: of more than one only in full precision.
         v = torch.empty_like(weight, dtype=weight.dtype if walk.stretches <= 2 else sums)
-        if several:
+        if walk.stretches > 1:
             carries = v.new_empty(walk.stretches - 1, features, order + 1, outputs)
     results = (places if t is None else t for t in (dots, v, v if carries is None else carries))
     base = weight if base is None else base
     launches.walk(grad, scaling, weight, base, keys, places, slopes, cuts, *results)
     if dot_d >= 0:
         dots = dots[0] if blocks == 1 else dots.sum(0).to(x.dtype)
-    if scatter_d >= 0 and several:
+    if carries is not None:
         launches.carry(cuts, carries, v)
         v = v.to(weight.dtype)
     return dots, v, b

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from layers.flash.triton_basis import basis, cardinal, locate, silu, spread
+from layers.flash.triton_basis import basis, cardinal, locate, silu, spread, value
 from layers.flash.triton_parts import store_parts
 
 
@@ -120,16 +120,8 @@ def contract_kernel(
     i = n - b * features
     products += b.to(tl.int64) * lead + i * rows
     total = _pick(products, v0, cell, here, rows, CT)
-    if ORDER >= 1:
-        total += _pick(products, v1, cell + 1, here, rows, CT)
-    if ORDER >= 2:
-        total += _pick(products, v2, cell + 2, here, rows, CT)
-    if ORDER >= 3:
-        total += _pick(products, v3, cell + 3, here, rows, CT)
-    if ORDER >= 4:
-        total += _pick(products, v4, cell + 4, here, rows, CT)
-    if ORDER >= 5:
-        total += _pick(products, v5, cell + 5, here, rows, CT)
+    for r in tl.static_range(1, ORDER + 1):
+        total += _pick(products, value(r, v0, v1, v2, v3, v4, v5), cell + r, here, rows, CT)
     if BASE:
         total += silu(xv, D) * tl.load(through_base + b.to(tl.int64) * lead_base + i, mask=here, other=0.0).to(CT)
     tl.store(dots + n, total.to(dots.dtype.element_ty), mask=here)

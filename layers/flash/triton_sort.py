@@ -1,6 +1,6 @@
 """The GPU kernels that sort the samples of each feature by cell, in Triton.
 
-The samples that reach a row of the gradient then lie next to each other, and every row is written once, by one program.
+The samples that reach a row of the gradient then lie next to each other, so that a program finds all that it needs of them.
 Launches: ``gpu_few.py`` and ``gpu_walk.py``.
 """
 

@@ -1,8 +1,9 @@
 """The backward kernels for many outputs, in Triton: a walk through the sorted samples of each feature (``triton_sort.py``).
 
 A warp spreads over the outputs and holds ``k + 1`` rows of sums and of weights in registers: every row of the gradient is
-written by one program, without atomics or a zero-fill, and nothing changes from run to run. Walks are cut into stretches of
-equal length, wherever the samples are. A derivative of -1 leaves that half out.
+written by one program, without atomics or a zero-fill. Walks are cut into stretches of equal length, wherever the samples
+are; what one adds to rows of the next is added at the end, in order, so that nothing changes from run to run. A derivative
+of -1 leaves that half out.
 
 Formulas and shapes: ``layers/flash/reference.py``. Launches: ``gpu_walk.py``. ``CT`` is the dtype of all sums,
 float64 or float32, whatever the dtype of the weights.
@@ -11,7 +12,7 @@ float64 or float32, whatever the dtype of the weights.
 import triton
 import triton.language as tl
 
-from layers.flash.triton_basis import basis
+from layers.flash.triton_basis import basis, value
 
 
 @triton.jit
@@ -112,16 +113,8 @@ def walk_kernel(
                 if DOT_D >= 0:
                     d0, d1, d2, d3, d4, d5 = basis(f, inv_h, ORDER, DOT_D)
                     mix = d0 * w0
-                    if ORDER >= 1:
-                        mix += d1 * w1
-                    if ORDER >= 2:
-                        mix += d2 * w2
-                    if ORDER >= 3:
-                        mix += d3 * w3
-                    if ORDER >= 4:
-                        mix += d4 * w4
-                    if ORDER >= 5:
-                        mix += d5 * w5
+                    for r in tl.static_range(1, ORDER + 1):
+                        mix += value(r, d0, d1, d2, d3, d4, d5) * value(r, w0, w1, w2, w3, w4, w5)
                     if BASE:
                         mix += slope * wb
                     to = dots + (key & MASK).to(tl.int64) * features
