@@ -19,6 +19,7 @@ CASES = [  # B, I, O, G, k
     (33, 2, 7, 200, 2),
     (40, 2, 130, 32, 3),
 ]
+WIDE = (20, 2, 520, 9, 3)
 WAYS = [(False, 0), (True, 1), (True, 2)]  # with a scale, order of differentiation
 SOME = CASES[:1] + CASES[-2:]
 DENSE_CASES = [  # the same, and an order of differentiation
@@ -34,7 +35,7 @@ SETTINGS = [  # numbers that decide which kernel runs: with other ones small cas
     ([(gpu_walk, "AT_ONCE", 8)], SOME, WAYS[:1]),  # keys sorted by torch
     ([(gpu_few, "SORT_ALONG", 8), (gpu_few, "FEW_ROWS", 4)], SOME, WAYS[:2]),  # few outputs: sorted by a kernel before
     ([(gpu_few, "multiprocessors", lambda _: 1), (gpu_few, "FEW_ROWS", 4)], SOME, WAYS[:1]),  # a program, many tiles
-    ([(gpu_walk, "STEPS", 8), (gpu, "FEW_OUTPUTS", 0)], CASES, WAYS),  # the walk, cut into many stretches
+    ([(gpu_walk, "STEPS", 8), (gpu, "FEW_OUTPUTS", 0)], [*CASES, WIDE], WAYS),  # the walk, cut into many stretches
     ([(gpu_walk, "STEPS", 8), (gpu_walk, "AT_ONCE", 8)], SOME, WAYS[:1]),  # many stretches, keys sorted by torch
 ]
 

@@ -48,9 +48,9 @@ class Limits(NamedTuple):
 
 
 LIMITS = {
-    "narrow": Limits(28, 2, 110, 80, 110),  # bfloat16 and float16
-    "tf32": Limits(19, 3, 80, 40, 40),
-    "parts": Limits(11, 8, 32, 24, 18),  # float32 in three parts, see gpu_parts.py
+    "narrow": Limits(28, 2, 110, 63, 92),  # bfloat16 and float16
+    "tf32": Limits(19, 3, 80, 33, 33),
+    "parts": Limits(11, 8, 32, 22, 16),  # float32 in three parts, see gpu_parts.py
     "float32": Limits(8, 32, 16, 10, 10),
 }
 BASIS_BYTES = 2**30  # of all basis values of a batch; more memory is not worth the time

@@ -12,6 +12,8 @@ from layers.flash.reference import compute_dtype
 MAX_ORDER = 5
 MAX_DERIVATIVE = 2
 FEW_OUTPUTS = 32  # up to which one program takes all outputs of a sample
+# Few outputs, and yet the backward pass is a walk: from so many outputs, samples, and samples times rows on.
+WALK_OUTPUTS, WALK_SAMPLES, WALK_WORK = 17, 512, 100_000
 
 
 def covers(weight: Tensor, order: int, d: int) -> bool:
@@ -35,6 +37,14 @@ def apply(
         return run(*_contiguous(x, weight, base, scale), order, lo, hi, d)
 
 
+def _few(x: Tensor, weight: Tensor) -> bool:
+    """Whether the backward pass is made of small products on tensor cores, which suit float32, and not a walk."""
+    samples, (_, rows, outputs) = x.shape[0], weight.shape
+    if outputs > FEW_OUTPUTS or samples > gpu_walk.AT_ONCE or compute_dtype(x, weight) != torch.float32:
+        return False
+    return outputs < WALK_OUTPUTS or samples < WALK_SAMPLES or samples * rows < WALK_WORK
+
+
 def adjoint(
     grad: Tensor,
     x: Tensor,
@@ -55,9 +65,7 @@ def adjoint(
             torch.zeros_like(base) if scatter_d >= 0 and base is not None else None,
         )
     else:
-        # Products on tensor cores: not in float64, not with basis functions that jump, as they do not look for cells.
-        few = weight.shape[2] <= FEW_OUTPUTS and x.shape[0] <= gpu_walk.AT_ONCE and order - scatter_d >= 1
-        few = few and compute_dtype(x, weight) == torch.float32
+        few = _few(x, weight) and order - scatter_d >= 1  # products do not look for cells: nothing may jump
         run = gpu_few.adjoint if few else gpu_walk.adjoint
         with on_device_of(x):
             results = run(*_contiguous(grad, x, weight, base, scale), order, lo, hi, dot_d, scatter_d)

@@ -14,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from layers.flash import gpu_parts, triton_sort, triton_walk
-from layers.flash.launch import Launch, ceil_div, dtypes, multiprocessors, power_of_2, remembered
+from layers.flash.launch import INTERPRETED, Launch, ceil_div, dtypes, multiprocessors, power_of_2, remembered
 from layers.flash.reference import compute_dtype
 
 AT_ONCE = 2048  # samples; above, torch.sort is faster than one program that sorts
 MUCH = 2**31  # multiplications for the gradient of the base weights, from which three parts pay
 NARROW_GRAD = 700  # rows from which a gradient in bfloat16 is worth the conversion, as the walk waits for memory
+FETCHED = 0 if INTERPRETED or torch.version.hip else 3  # rows ahead that are brought to the cache, in PTX
 STEPS = 32  # samples and cells that are worth a program of their own in the walk
 
 
@@ -36,10 +37,9 @@ class Walk(NamedTuple):
 
 def walk_shape(samples: int, features: int, rows: int, outputs: int, order: int, wide: bool, processors: int) -> Walk:
     """As many programs as run at the same time, and no more: where registers are the limit, 8 a multiprocessor with 512
-    outputs, 16 with 256, 24 with fewer. With many rows, waiting for weights takes longer than computing, and 16 wait
-    better.
+    outputs, 16 with 256, 24 with fewer.
     """
-    block = min(power_of_2(outputs), 128 if wide or order > 3 else 256 if rows > 512 else 512)
+    block = min(power_of_2(outputs), 128 if wide or order > 3 else 512)
     together = processors * min(8 * (512 // block), 24)
     steps = samples + rows + order + 2  # cells that samples outside are sorted into lie on both sides of the rows
     wanted = together // (features * ceil_div(outputs, block))
@@ -90,11 +90,12 @@ def _backward(
     place = Launch(triton_sort.place_kernel, grid, (samples, features, *cut, lo, inv_h), constants, 4)
     constants = shared | {"SCATTER_D": scatter_d} | sums | {"SCALED": scale is not None, "BASE": has_base}
     constants |= {"BITS": bits, "BO": walk.block, "WHOLE": outputs % walk.block == 0, "FAR": walk.far}
+    constants |= {"FETCH": FETCHED, "FOLD": 16 // weight_dtype.itemsize if walk.block >= 256 else 0}
     numbers = (samples, features, outputs, size, *cut, inv_h)
     grid = (features, walk.stretches, ceil_div(outputs, walk.block))
     go = Launch(triton_walk.walk_kernel, grid, numbers, constants, 1, registers=walk.registers)
     constants = {"ORDER": order} | sums | {"BO": min(walk.block, 256)}
-    grid = (features, ceil_div(outputs, constants["BO"]))
+    grid = (features, walk.stretches - 1, ceil_div(outputs, constants["BO"]) * (order + 1))
     carry = Launch(triton_walk.carry_kernel, grid, (features, outputs, size, *cut), constants, 2)
     return Launches(arrange, place, go, carry), walk, key_dtype
 
@@ -150,8 +151,7 @@ def adjoint(
     if dot_d >= 0:
         dots = torch.empty(blocks, samples, features, dtype=x.dtype if blocks == 1 else sums, device=device)
     if scatter_d >= 0:
-        # Carries that meet in a row are rounded one by one: of more than one only in full precision.
-        v = torch.empty_like(weight, dtype=weight.dtype if walk.stretches <= 2 else sums)
+        v = torch.empty_like(weight)
         if walk.stretches > 1:
             carries = v.new_empty(walk.stretches - 1, features, order + 1, outputs)
     results = (places if t is None else t for t in (dots, v, v if carries is None else carries))
@@ -161,5 +161,4 @@ def adjoint(
         dots = dots[0] if blocks == 1 else dots.sum(0).to(x.dtype)
     if carries is not None:
         launches.carry(cuts, carries, v)
-        v = v.to(weight.dtype)
     return dots, v, b

@@ -25,18 +25,15 @@ def basis(f, inv_h, ORDER: tl.constexpr, D: tl.constexpr):
     nil = f * 0
     one = nil + 1
     v0, v1, v2, v3, v4, v5 = one, nil, nil, nil, nil, nil
+    # Up to degree 3 the recurrence is worked out, with no difference of like numbers: half the operations.
     if ORDER - D >= 1:
         v0, v1 = one - f, f
     if ORDER - D >= 2:
-        v0, v1, v2 = (1 - f) * v0 * 0.5, ((f + 1) * v0 + (2 - f) * v1) * 0.5, f * v1 * 0.5
+        v0, v1, v2 = v0 * v0 * 0.5, v0 * v1 + 0.5, v1 * v1 * 0.5
     if ORDER - D >= 3:
         t: tl.constexpr = 1 / 3
-        v0, v1, v2, v3 = (
-            (1 - f) * v0 * t,
-            ((f + 2) * v0 + (2 - f) * v1) * t,
-            ((f + 1) * v1 + (3 - f) * v2) * t,
-            f * v2 * t,
-        )
+        s: tl.constexpr = 2 / 3
+        v0, v1, v2, v3 = (1 - f) * v0 * t, s - (2 - f) * v2, s - (f + 1) * v0, f * v2 * t
     if ORDER - D >= 4:
         v0, v1, v2, v3, v4 = (
             (1 - f) * v0 * 0.25,

@@ -23,6 +23,49 @@ def _row(weight, row, o, inside, rows, outputs, CT: tl.constexpr):
 
 
 @triton.jit
+def _fetch(weight, row, o, outputs):
+    """Asks for numbers of a row, one for every 32 bytes, to be brought from memory to the cache; needs no registers."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [weight + row * outputs + tl.minimum(o, outputs - 1)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _share(w, g, FOLD: tl.constexpr):
+    """What each of 32 threads adds to the product of ``w`` and ``g``; with FOLD 0, ``w`` itself.
+
+    FOLD: how many neighbours a thread holds; a wrong number is as right, but they would have to be passed around.
+    """
+    if FOLD:
+        units = tl.permute(tl.reshape(w * g, [w.shape[0] // (32 * FOLD), 32, FOLD]), (1, 0, 2))
+        w = tl.sum(tl.reshape(units, [32, w.shape[0] // 32]), axis=1)
+    return w
+
+
+@triton.jit
+def _finish(dots, to, share):
+    tl.store(dots + to, tl.sum(share, axis=0).to(dots.dtype.element_ty), mask=to >= 0)
+
+
+@triton.jit
+def _moved(a0, a1, a2, a3, a4, a5, new, N: tl.constexpr):
+    """A window of N rows that moves on by one: the first leaves, ``new`` comes in at the end."""
+    return (
+        a1 if N >= 2 else new,
+        a2 if N >= 3 else new,
+        a3 if N >= 4 else new,
+        a4 if N >= 5 else new,
+        a5 if N >= 6 else new,
+        new,
+    )
+
+
+@triton.jit
 def _grad(grad, key, o, inside, outputs, CT: tl.constexpr, BITS: tl.constexpr):
     n = (key & (2**BITS - 1)).to(tl.int64)
     return tl.load(grad + n * outputs + o, mask=inside, other=0.0).to(CT)
@@ -41,14 +84,14 @@ def walk_kernel(
     inv_h: "fp64",
     ORDER: tl.constexpr, DOT_D: tl.constexpr, SCATTER_D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr,
     BASE: tl.constexpr, BITS: tl.constexpr, BO: tl.constexpr, WHOLE: tl.constexpr,
-    FAR: tl.constexpr,
+    FAR: tl.constexpr, FETCH: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """One feature, one stretch of its walk (see ``arrange_kernel``), one block of outputs: cell by cell, sample by sample.
 
     A stretch writes the rows from its first to the next one's; what its samples add to the ``k + 1`` rows behind these
     is its carry (stretches - 1, I, k + 1, O). ``dots`` has one for the blocks of outputs; WHOLE: BO divides the outputs.
     The loop over cells is unrolled ``k + 1`` times: then a window that moves on by a row is a matter of names, and no
-    register is copied. FAR: weights are read two rows ahead, not one.
+    register is copied. FAR: weights are read two rows ahead, not one; FETCH: into the cache, as many rows ahead (or 0).
     """
     i = tl.program_id(0).to(tl.int64)
     stretch = tl.program_id(1)
@@ -56,6 +99,8 @@ def walk_kernel(
     inv_h = tl.full([], inv_h, CT)
     o = block * BO + tl.arange(0, BO)
     inside = (o >= 0) if WHOLE else (o < outputs)
+    SECTOR: tl.constexpr = 256 // weight.dtype.element_ty.primitive_bitwidth  # numbers in 32 bytes
+    lines = block * BO + tl.arange(0, BO // SECTOR if BO > SECTOR else 1) * SECTOR
     rows = size + ORDER
     cuts += i * (stretches + 1) + stretch
     j = tl.load(cuts)
@@ -74,24 +119,21 @@ def walk_kernel(
     NONE: tl.constexpr = 2 ** (keys.dtype.element_ty.primitive_bitwidth - 1) - 1  # a cell that does not exist
     SLOPES: tl.constexpr = BASE and DOT_D >= 0
 
+    # A derivative: values of one degree less times differences of rows (de Boor 1978, X.(12)), a row less to hold.
+    DIFFER: tl.constexpr = DOT_D >= 1 and ORDER >= 1
+    HELD: tl.constexpr = ORDER if DIFFER else ORDER + 1
+
     nil = tl.zeros((BO,), CT)
     a0, a1, a2, a3, a4, a5 = nil, nil, nil, nil, nil, nil
     w0, w1, w2, w3, w4, w5 = nil, nil, nil, nil, nil, nil
-    ahead, far, wb = nil, nil, nil
+    last, ahead, far, wb = nil, nil, nil, nil
     if SLOPES:
         wb = tl.load(base + i * outputs + o, mask=inside, other=0.0).to(CT)
     if DOT_D >= 0:
-        w0 = _row(weight, c, o, inside, rows, outputs, CT)
-        if ORDER >= 1:
-            w1 = _row(weight, c + 1, o, inside, rows, outputs, CT)
-        if ORDER >= 2:
-            w2 = _row(weight, c + 2, o, inside, rows, outputs, CT)
-        if ORDER >= 3:
-            w3 = _row(weight, c + 3, o, inside, rows, outputs, CT)
-        if ORDER >= 4:
-            w4 = _row(weight, c + 4, o, inside, rows, outputs, CT)
-        if ORDER >= 5:
-            w5 = _row(weight, c + 5, o, inside, rows, outputs, CT)
+        for r in tl.static_range(ORDER + 1):
+            ahead = _row(weight, c + r, o, inside, rows, outputs, CT)
+            w0, w1, w2, w3, w4, w5 = _moved(w0, w1, w2, w3, w4, w5, ahead - last if DIFFER else ahead, HELD)
+            last = ahead
         ahead = _row(weight, c + ORDER + 1, o, inside, rows, outputs, CT)
         if FAR:
             far = _row(weight, c + ORDER + 2, o, inside, rows, outputs, CT)
@@ -101,6 +143,8 @@ def walk_kernel(
     f = tl.load(places + j, mask=j < end, other=0.0)
     slope = tl.load(slopes + j, mask=j < end, other=0.0) if SLOPES else f
     g = _grad(grad, tl.where(j < end, key, 0), o, inside, outputs, CT, BITS)
+    # Of the sample before: its sum over the threads waits for all of them, best while there is something else to do.
+    share, to = _share(nil, nil, FOLD), tl.full([], -1, tl.int64)
     beyond = stop + tl.where(carried, ORDER + 1, 0)  # of the rows that are written
     while (c <= stop) | (c < beyond):  # a sample's window begins at ``stop`` at the latest
         for _ in tl.static_range(ORDER + 1):
@@ -111,14 +155,18 @@ def walk_kernel(
                 slope_next = tl.load(slopes + j + 1, mask=more, other=0.0) if SLOPES else f_next
                 key_after = tl.load(keys + j + 2, mask=j + 2 < end, other=NONE)
                 if DOT_D >= 0:
-                    d0, d1, d2, d3, d4, d5 = basis(f, inv_h, ORDER, DOT_D)
-                    mix = d0 * w0
-                    for r in tl.static_range(1, ORDER + 1):
-                        mix += value(r, d0, d1, d2, d3, d4, d5) * value(r, w0, w1, w2, w3, w4, w5)
+                    if FOLD:
+                        _finish(dots, to, share)
+                    d0, d1, d2, d3, d4, d5 = basis(f, inv_h, HELD - 1, DOT_D - 1 if DIFFER else DOT_D)
+                    mix = (d0 * inv_h if DIFFER else d0) * _share(w0, g, FOLD)
+                    for r in tl.static_range(1, HELD):
+                        d = value(r, d0, d1, d2, d3, d4, d5)
+                        mix += (d * inv_h if DIFFER else d) * _share(value(r, w0, w1, w2, w3, w4, w5), g, FOLD)
                     if BASE:
-                        mix += slope * wb
-                    to = dots + (key & MASK).to(tl.int64) * features
-                    tl.store(to, tl.sum(mix * g, axis=0).to(dots.dtype.element_ty))
+                        mix += slope * _share(wb, g, FOLD)
+                    share, to = mix if FOLD else mix * g, (key & MASK).to(tl.int64) * features
+                    if not FOLD:
+                        _finish(dots, to, share)
                 if SCATTER_D >= 0:
                     v0, v1, v2, v3, v4, v5 = basis(f, inv_h, ORDER, SCATTER_D)
                     if SCALED:
@@ -140,28 +188,20 @@ def walk_kernel(
                 row = tl.where(c < stop, gradient, carries) + c * outputs + o
                 there = inside & (c >= 0) & (c < beyond)
                 tl.store(row, a0.to(gradient.dtype.element_ty), mask=there, eviction_policy="evict_first")
-                a0, a1, a2, a3, a4, a5 = (
-                    a1 if ORDER >= 1 else nil,
-                    a2 if ORDER >= 2 else nil,
-                    a3 if ORDER >= 3 else nil,
-                    a4 if ORDER >= 4 else nil,
-                    a5 if ORDER >= 5 else nil,
-                    nil,
-                )
+                a0, a1, a2, a3, a4, a5 = _moved(a0, a1, a2, a3, a4, a5, nil, ORDER + 1)
             c += 1
             if DOT_D >= 0:
-                w0, w1, w2, w3, w4, w5 = (
-                    w1 if ORDER >= 1 else ahead,
-                    w2 if ORDER >= 2 else ahead,
-                    w3 if ORDER >= 3 else ahead,
-                    w4 if ORDER >= 4 else ahead,
-                    w5 if ORDER >= 5 else ahead,
-                    ahead,
-                )
+                w0, w1, w2, w3, w4, w5 = _moved(w0, w1, w2, w3, w4, w5, ahead - last if DIFFER else ahead, HELD)
+                last = ahead
                 if FAR:
                     ahead, far = far, _row(weight, c + ORDER + 2, o, inside, rows, outputs, CT)
                 else:
                     ahead = _row(weight, c + ORDER + 1, o, inside, rows, outputs, CT)
+                if FETCH:
+                    row = tl.minimum(c + ORDER + 1 + FETCH, tl.minimum(stop + ORDER, rows - 1))
+                    _fetch(weight, tl.maximum(row, 0), lines, outputs)
+    if DOT_D >= 0 and FOLD:
+        _finish(dots, to, share)
 
 
 @triton.jit(do_not_specialize=["features", "size", "each", "stretches"])
@@ -170,19 +210,27 @@ def carry_kernel(
     features, outputs, size, each, stretches,
     ORDER: tl.constexpr, CT: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """Adds the carries of a feature's stretches to its gradient, in their order."""
+    """Adds the carries of a feature's stretches to its gradient: a program one row of a carry, and all that meet it there.
+
+    Where several meet in a row, the program of the last one adds them all, in their order backwards.
+    """
     i = tl.program_id(0).to(tl.int64)
-    o = tl.program_id(1) * BO + tl.arange(0, BO)
+    stretch = tl.program_id(1) + 1
+    r = tl.program_id(2) % (ORDER + 1)
+    o = tl.program_id(2) // (ORDER + 1) * BO + tl.arange(0, BO)
     rows = size + ORDER
     cuts += i * (stretches + 1)
     gradient += i * rows * outputs + o
     carries += i * (ORDER + 1) * outputs + o
-    for stretch in range(1, stretches):
+    first = _first_row(stretch, each, tl.load(cuts + stretch), size, ORDER)
+    after = _first_row(stretch + 1, each, tl.load(cuts + stretch + 1), size, ORDER)
+    row = first + r
+    mine = (row >= 0) & (row < rows) & ((stretch + 1 == stretches) | (row < after))
+    there = mine & (o < outputs)
+    total = tl.load(gradient + row * outputs, mask=there, other=0.0).to(CT)
+    while mine & (stretch > 0) & (row <= first + ORDER):
+        of = ((stretch - 1).to(tl.int64) * features * (ORDER + 1) + (row - first)) * outputs
+        total += tl.load(carries + of, mask=there, other=0.0).to(CT)
+        stretch -= 1
         first = _first_row(stretch, each, tl.load(cuts + stretch), size, ORDER)
-        for r in tl.static_range(ORDER + 1):
-            row = first + r
-            there = (o < outputs) & (row >= 0) & (row < rows)
-            more = tl.load(carries + r * outputs, mask=there, other=0.0)
-            total = tl.load(gradient + row * outputs, mask=there, other=0.0).to(CT) + more.to(CT)
-            tl.store(gradient + row * outputs, total.to(gradient.dtype.element_ty), mask=there)
-        carries += tl.cast(features, tl.int64) * (ORDER + 1) * outputs
+    tl.store(gradient + row * outputs, total.to(gradient.dtype.element_ty), mask=there)
