@@ -1,9 +1,13 @@
 """The GPU kernels against float64, without a GPU: ``TRITON_INTERPRET=1 python -m tests.interpreted``.
 
+``python -m tests.interpreted 0 2`` and ``1 2`` check half of the cases each, for two processes side by side.
 Triton reads the variable when it is imported, so this runs in a process of its own. Cases: every degree, odd sizes,
 collisions, samples outside, a scale, higher derivatives, both ways to sort, all backward kernels, those of the dense
 route, LazyAdam.
 """
+
+import itertools
+import sys
 
 import torch
 
@@ -108,13 +112,16 @@ def change(setting: list) -> None:
         built.cache_clear()
 
 
-def main() -> None:
-    checked = 0
+def main(part: int = 0, parts: int = 1) -> None:
+    """Checks every case, or of each ``parts`` cases the one with the number ``part``."""
+    number, checked = itertools.count(), 0
     for tile in gpu_parts.TILES:
         for pieces in (1, 3):
             gpu_parts.tile_of = lambda *_, choice=(tile, pieces): choice
             gpu_parts._product.cache_clear()
             for case, d in DENSE_CASES:
+                if next(number) % parts != part:
+                    continue
                 assert max(dense_errors(case, d)) < (1e-6 if case[3] < 10 else 1e-5), (tile, pieces, case, d)
                 checked += 1
     assert adam_error() < 1e-6
@@ -124,6 +131,8 @@ def main() -> None:
         for case in cases:
             for scaled, d in ways:
                 for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, max(1e-6, 1e-6 * case[3] * 10**d))):
+                    if next(number) % parts != part:
+                        continue
                     error = largest_error(case, scaled, d, dtype)
                     assert error < tolerance, (setting, case, scaled, d, dtype, error)
                     checked += 1
@@ -132,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))
