@@ -86,7 +86,47 @@ def dense_errors(case: tuple, d: int) -> tuple[float, ...]:
         needed = reference.apply(*exact, order, *ends, d), *reference.adjoint(grad.double(), *exact, order, *ends, d, d)
         errors += [relative(a, e) for a, e in zip(got, needed, strict=True) if e.numel() > 0]
         exact[2] = base.double()
-    return *errors, relative(sum(gpu_parts.split(weight[0], base)), torch.cat([weight[0], base]).double())
+    return tuple(errors)
+
+
+def error_of_all_sizes(device: str = "cpu") -> float:
+    """Of products in parts, relative to the sums of absolute terms: of numbers that span 8 digits on every line of a
+    matrix, of lines that span 36, and with samples so far outside that SiLU's value is 1e20. Samples of the last cell meet
+    small numbers alone.
+    """
+    torch.manual_seed(0)
+    samples, features, outputs, size, order, ends = 48, 16, 32, 4, 3, (-1.0, 1.0)
+
+    x = torch.rand(samples, features, device=device) * 1.5 - 1
+    x[:16], x[23, 5], x[27, 2] = x[:16] / 3 + 5 / 6, 1e20, -1e20
+    weight = torch.randn(features, size + order, outputs, device=device)
+    base, grad = torch.randn(features, outputs, device=device), torch.randn(samples, outputs, device=device)
+    weight[:, 3:], base, grad[:16] = weight[:, 3:] * 1e-8, base * 1e-8, grad[:16] * 1e-8
+    columns, rows = (10 ** (torch.rand(n, device=device) * 36 - 20) for n in (outputs, samples))
+    rows = rows.unsqueeze(1)
+
+    def all_three(module, x, weight, base, grad):
+        apply, adjoint = module
+        y = apply(x, weight * columns, base * columns, None, order, *ends, 0)
+        p = adjoint(grad * rows, x, weight, base, None, order, *ends, 1, -1)[0]
+        return y, p, *adjoint(grad * columns, x, weight, base, None, order, *ends, -1, 0)[1:]
+
+    def sums(x, weight, base, grad):
+        weight, base, grad = weight.abs(), base.abs(), grad.abs()
+        (values, slopes), (act, act_slope) = (
+            [f(d).abs() for d in (0, 1)]
+            for f in (lambda d: dense_basis(x, size, order, ends, derivative=d), lambda d: reference.silu(x, d))
+        )
+        y = torch.einsum("bir,iro->bo", values, weight) + act @ base
+        p = torch.einsum("bir,iro,bo->bi", slopes, weight, grad) + act_slope * (grad @ base.t())
+        return y * columns, p * rows, torch.einsum("bir,bo->iro", values, grad) * columns, act.t() @ grad * columns
+
+    numbers = x, weight, base, grad
+    got = all_three((gpu_dense.apply_in_parts, gpu_dense.adjoint_in_parts), *numbers)
+    columns, rows, numbers = columns.double(), rows.double(), [t.double() for t in numbers]
+    exact = all_three((reference.apply, reference.adjoint), *numbers)
+    errors = ((a.double() - e).abs() / s.clamp(min=1e-99) for a, e, s in zip(got, exact, sums(*numbers), strict=True))
+    return max(error.max().item() for error in errors)
 
 
 def adam_error() -> float:
@@ -115,15 +155,15 @@ def change(setting: list) -> None:
 def main(part: int = 0, parts: int = 1) -> None:
     """Checks every case, or of each ``parts`` cases the one with the number ``part``."""
     number, checked = itertools.count(), 0
-    for tile in gpu_parts.TILES:
-        for pieces in (1, 3):
-            gpu_parts.tile_of = lambda *_, choice=(tile, pieces): choice
-            gpu_parts._product.cache_clear()
-            for case, d in DENSE_CASES:
-                if next(number) % parts != part:
-                    continue
-                assert max(dense_errors(case, d)) < (1e-6 if case[3] < 10 else 1e-5), (tile, pieces, case, d)
-                checked += 1
+    for pieces in (1, 3):
+        gpu_parts.pieces_of = lambda *_, choice=pieces: choice
+        gpu_parts._product.cache_clear()
+        for case, d in DENSE_CASES:
+            if next(number) % parts != part:
+                continue
+            assert max(dense_errors(case, d)) < (1e-6 if case[3] < 10 else 1e-5), (pieces, case, d)
+            checked += 1
+        assert error_of_all_sizes() < 2e-5, pieces
     assert adam_error() < 1e-6
     for setting, cases, ways in SETTINGS:
         before = [(module, name, getattr(module, name)) for module, name, _ in setting]

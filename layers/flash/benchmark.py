@@ -216,7 +216,7 @@ def calls(layer: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
 
     def step():
         for weight, slope in zip(weights, both()[1:], strict=True):
-            weight.grad = slope
+            weight.grad = slope.contiguous()  # as autograd does; a compiled layer may return a slice of padded columns
         adam.step()
 
     return dict(zip(PASSES, (forward, both, step), strict=True))

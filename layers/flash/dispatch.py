@@ -45,26 +45,29 @@ class Limits(NamedTuple):
     most: int
     backward: int  # with up to 128 outputs
     wide_backward: int
+    samples: int = 0  # with fewer, fewer rows
 
 
 LIMITS = {
     "narrow": Limits(28, 2, 110, 63, 92),  # bfloat16 and float16
     "tf32": Limits(19, 3, 80, 33, 33),
-    "parts": Limits(11, 8, 32, 22, 16),  # float32 in three parts, see gpu_parts.py
+    "parts": Limits(12, 8, 48, 23, 23, 700),  # float32 in two parts, see gpu_parts.py
     "float32": Limits(8, 32, 16, 10, 10),
 }
 BASIS_BYTES = 2**30  # of all basis values of a batch; more memory is not worth the time
 
 
-def dense_wins(rows: int, outputs: int, kind: str, backward: bool) -> bool:
+def dense_wins(samples: int, rows: int, outputs: int, kind: str, backward: bool) -> bool:
     """Whether, on a GPU, all rows and matrix products beat the ``k + 1`` rows of a window.
 
-    The products do ``rows / (k + 1)`` times the work at a much higher rate, which depends on the number format.
+    The products do ``rows / (k + 1)`` times the work at a much higher rate, which depends on the number format. Where they
+    read and split all weights first, that has to be shared by many samples.
     """
     limits = LIMITS[kind]
+    most = min(limits.forward + (outputs - 64) // limits.outputs, limits.most)
     if backward:
-        return rows <= (limits.backward if outputs <= 128 else limits.wide_backward)
-    return rows <= min(limits.forward + (outputs - 64) // limits.outputs, limits.most)
+        most = limits.backward if outputs <= 128 else limits.wide_backward
+    return rows <= most * min(1, 2 * samples / (samples + limits.samples))
 
 
 def _dense_wins(x: Tensor, weight: Tensor, backward: bool) -> bool:
@@ -79,8 +82,8 @@ def _dense_wins(x: Tensor, weight: Tensor, backward: bool) -> bool:
     elif tf32_allowed():
         kind = "tf32"
     elif gpu_parts.multiplies(x, weight):
-        kind, width = "parts", 6
-    return x.numel() * rows * width <= BASIS_BYTES and dense_wins(rows, outputs, kind, backward)
+        kind, width = "parts", 4
+    return x.numel() * rows * width <= BASIS_BYTES and dense_wins(x.shape[0], rows, outputs, kind, backward)
 
 
 def kernels(x: Tensor, weight: Tensor, order: int, d: int, route: str, backward: bool = False):

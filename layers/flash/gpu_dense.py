@@ -21,13 +21,13 @@ def _offset(count: int):
 
 @remembered
 def _basis(
-    kinds: tuple, shape: tuple, order: int, lo: float, hi: float, d: int, leads: tuple, parts: bool, base: bool
+    kinds: tuple, shape: tuple, order: int, lo: float, hi: float, d: int, leads: tuple, by: str | None, base: bool
 ) -> Launch:
     (samples, features, rows), (_, x_dtype, weight_dtype, scale) = shape, kinds
     constants = {"ORDER": order, "D": d, "CT": _wide(x_dtype, weight_dtype)}
-    constants |= {"SCALED": scale is not None, "PARTS": parts}
+    constants |= {"SCALED": scale is not None, "PARTS": by is not None, "BY_SAMPLE": by == "sample"}
     narrow = weight_dtype.itemsize == 2
-    unit = next(n for n in (8 if parts or narrow else 4, 4, 2, 1) if n <= rows)  # 16 bytes
+    unit = next(n for n in (8 if by or narrow else 4, 4, 2, 1) if n <= rows)  # 16 bytes
     tile = {"BB": 8 if narrow else 4, "BC": 256}
     constants |= {"OFFSET": _offset(features * rows), "UNIT": unit} | tile
     blocks = ceil_div(features * rows, tile["BC"])
@@ -36,12 +36,13 @@ def _basis(
     return Launch(triton_dense.basis_kernel, (programs,), numbers, constants, 4)
 
 
-def _fill(x, weight, scale, values, acts, order, lo, hi, d, parts: bool) -> None:
+def _fill(x, weight, scale, values, acts, order, lo, hi, d, largest: Tensor | None, by: str | None) -> None:
     shape, kinds = (*x.shape, weight.shape[1]), dtypes(x, weight, scale)
     leads = (values.stride(-2), values.stride(-2) if acts is None else acts.stride(-2), values.stride(0))
-    launch = _basis(kinds, shape, order, float(lo), float(hi), d, leads, parts, acts is not None)
+    launch = _basis(kinds, shape, order, float(lo), float(hi), d, leads, by, acts is not None)
     with on_device_of(x):
-        launch(x, x if scale is None else scale.contiguous(), values, values if acts is None else acts)
+        scale, largest = x if scale is None else scale.contiguous(), x if largest is None else largest
+        launch(x, scale, largest, values, values if acts is None else acts)
 
 
 def basis(
@@ -50,19 +51,57 @@ def basis(
     """All basis values (B, I * R) in the dtype of the weights, SiLU's values (B, I) in that of ``base``; scaled."""
     values = torch.empty(x.shape[0], x.shape[1] * weight.shape[1], dtype=weight.dtype, device=x.device)
     acts = None if base is None else torch.empty(x.shape, dtype=base.dtype, device=x.device)
-    _fill(x, weight, scale, values, acts, order, lo, hi, d, False)
+    _fill(x, weight, scale, values, acts, order, lo, hi, d, None, None)
     return values, acts
 
 
+@remembered
+def _measure(kinds: tuple, shape: tuple, matrix: tuple, bound: float, d: int, base: bool, by: str) -> Launch:
+    (samples, features), (upper, rows, columns), (_, _, scale) = shape, matrix, kinds
+    constants = {"D": d, "SCALED": scale is not None, "BASE": base, "BY_SAMPLE": by == "sample", "BR": 32, "BC": 64}
+    blocks = ceil_div(rows, 32) * ceil_div(columns, 64)
+    programs = blocks + ceil_div(samples, 32) * ceil_div(features, 64)
+    numbers = (upper, rows, columns, samples, features, blocks, bound)
+    return Launch(triton_dense.measure_kernel, (programs,), numbers, constants, 4)
+
+
+def measure(
+    above: Tensor, below: Tensor | None, x: Tensor, scale: Tensor | None, bound: float, d: int, base: bool, by: str
+) -> tuple[Tensor, Tensor]:
+    """The largest magnitudes of the columns of a matrix, or of two with one under the other, and those that values may
+    have: of each sample (B), or of each feature's basis values and of its SiLU's (2 * I); see ``gpu_parts.Parts``.
+    """
+    (upper, columns), rows = above.shape, above.shape[0] + (0 if below is None else below.shape[0])
+    launch = _measure(dtypes(x, scale), tuple(x.shape), (upper, rows, columns), bound, d, base, by)
+    inputs = x.shape[0] if by == "sample" else 2 * x.shape[1]
+    # Each begins at a multiple of 16 bytes.
+    largest = torch.zeros(ceil_div(columns, 4) * 4 + inputs, dtype=torch.int32, device=x.device)
+    of_columns, of_inputs = largest[:columns], largest[-inputs:]
+    launch(above, above if below is None else below, x, x if scale is None else scale, of_columns, of_inputs)
+    return of_columns, of_inputs
+
+
 def basis_in_parts(
-    x: Tensor, weight: Tensor, base: Tensor | None, scale: Tensor | None, order: int, lo: float, hi: float, d: int
-) -> Tensor:
-    """All basis values and, behind them, SiLU's, if there is a base, in parts: (3, B, I * R + I); see ``gpu_parts``."""
+    x: Tensor,
+    weight: Tensor,
+    base: Tensor | None,
+    scale: Tensor | None,
+    order: int,
+    lo: float,
+    hi: float,
+    d: int,
+    largest: Tensor,
+    by: str,
+) -> gpu_parts.Parts:
+    """All basis values and, behind them, SiLU's, if there is a base, in parts: (2, B, I * R + I).
+
+    They are scaled ``by`` each "sample" or by each "feature"; ``largest`` is what ``measure`` found.
+    """
     columns = x.shape[1] * weight.shape[1]
     parts = gpu_parts.empty(x.shape[0], columns + (0 if base is None else x.shape[1]), x.device)
     acts = None if base is None else parts[:, :, columns:]
-    _fill(x, weight, scale, parts, acts, order, lo, hi, d, True)
-    return parts
+    _fill(x, weight, scale, parts, acts, order, lo, hi, d, largest, by)
+    return gpu_parts.Parts(parts, largest)
 
 
 @remembered
@@ -88,14 +127,21 @@ def contract(x: Tensor, products: Tensor, through_base: Tensor | None, weight: T
     return p
 
 
+def _bound(weight: Tensor, order: int, lo: float, hi: float, d: int) -> float:
+    """No basis value, or d-th derivative of one, is larger: each derivative is a difference of two, over a cell's width."""
+    return (2 * (weight.shape[1] - order) / (hi - lo)) ** d
+
+
 def apply_in_parts(
     x: Tensor, weight: Tensor, base: Tensor | None, scale: Tensor | None, order: int, lo: float, hi: float, d: int
 ) -> Tensor:
     """``y`` (B, O); see ``layers/flash/reference.py``."""
-    weight, base = weight.contiguous(), None if base is None else base.contiguous()
+    weight, base, scale = (None if t is None else t.contiguous() for t in (weight, base, scale))
+    matrix, bound = weight.flatten(0, 1), _bound(weight, order, lo, hi, d)
     with on_device_of(x):
-        values = basis_in_parts(x, weight, base, scale, order, lo, hi, d)
-        return gpu_parts.product(values, gpu_parts.split(weight.flatten(0, 1), base))[0]
+        of_columns, of_samples = measure(matrix, base, x, scale, bound, d, base is not None, "sample")
+        values = basis_in_parts(x, weight, base, scale, order, lo, hi, d, of_samples, "sample")
+        return gpu_parts.product(values, gpu_parts.split(matrix, base, of_columns))[0]
 
 
 def adjoint_in_parts(
@@ -111,18 +157,20 @@ def adjoint_in_parts(
     scatter_d: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dot`` and ``scatter``; see ``layers/flash/reference.py``. An order of -1 leaves a result out (empty)."""
-    weight, base = weight.contiguous(), None if base is None else base.contiguous()
-    columns = weight.shape[0] * weight.shape[1]
+    grad, weight, base, scale = (None if t is None else t.contiguous() for t in (grad, weight, base, scale))
+    matrix, columns = weight.flatten(0, 1), weight.shape[0] * weight.shape[1]
     p = v = b = None
     with on_device_of(x):
-        grad = gpu_parts.split(grad.contiguous())
         if dot_d >= 0:
-            products, _ = gpu_parts.product(grad, gpu_parts.turn(gpu_parts.split(weight.flatten(0, 1), base)))
+            products, _ = gpu_parts.product(gpu_parts.split(grad), gpu_parts.turn(gpu_parts.split(matrix, base)))
             through_base = None if base is None else products[:, columns:]
             p = contract(x, products, through_base, weight, order, lo, hi, dot_d)
             del products, through_base
         if scatter_d >= 0:
-            values = basis_in_parts(x, weight, base, scale, order, lo, hi, scatter_d)
-            v, b = gpu_parts.product(gpu_parts.turn(values), grad, columns)
+            bound = _bound(weight, order, lo, hi, scatter_d)
+            of_columns, of_features = measure(grad, None, x, scale, bound, scatter_d, base is not None, "feature")
+            values = basis_in_parts(x, weight, base, scale, order, lo, hi, scatter_d, of_features, "feature")
+            grad = gpu_parts.split(grad, None, of_columns)
+            v, b = gpu_parts.product(gpu_parts.turn(values), grad, columns, weight.shape[1])
             v = v.view(weight.shape)
     return tuple(x.new_empty(0) if t is None else t for t in (p, v, b))

@@ -13,12 +13,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from layers.flash import gpu_parts, triton_sort, triton_walk
+from layers.flash import triton_sort, triton_walk
 from layers.flash.launch import INTERPRETED, Launch, ceil_div, dtypes, multiprocessors, power_of_2, remembered
 from layers.flash.reference import compute_dtype
 
 AT_ONCE = 2048  # samples; above, torch.sort is faster than one program that sorts
-MUCH = 2**31  # multiplications for the gradient of the base weights, from which three parts pay
 NARROW_GRAD = 700  # rows from which a gradient in bfloat16 is worth the conversion, as the walk waits for memory
 FETCHED = 0 if INTERPRETED or torch.version.hip else 3  # rows ahead that are brought to the cache, in PTX
 STEPS = 32  # samples and cells that are worth a program of their own in the walk
@@ -100,14 +99,6 @@ def _backward(
     return Launches(arrange, place, go, carry), walk, key_dtype
 
 
-def _base_gradient(acts: Tensor, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """``acts`` (I, B) times ``grad`` (B, O)."""
-    much = x.numel() * grad.shape[1] >= MUCH and x.shape[0] % gpu_parts.WIDTH == 0
-    if much and grad.dtype == torch.float32 and gpu_parts.multiplies(x, weight):
-        return gpu_parts.product(gpu_parts.split(acts), gpu_parts.split(grad))[0]
-    return acts @ grad.to(acts.dtype)
-
-
 def adjoint(
     grad: Tensor,
     x: Tensor,
@@ -147,7 +138,7 @@ def adjoint(
         launches.place(x, keys, places, slopes, cuts)
     dots = v = b = carries = None
     if base is not None and scatter_d >= 0:  # before there is a gradient: what this needs is free again then
-        b = _base_gradient(acts, grad, x, weight).to(base.dtype)
+        b = (acts @ grad.to(acts.dtype)).to(base.dtype)
     if dot_d >= 0:
         dots = torch.empty(blocks, samples, features, dtype=x.dtype if blocks == 1 else sums, device=device)
     if scatter_d >= 0:

@@ -4,7 +4,48 @@ import triton
 import triton.language as tl
 
 from layers.flash.triton_basis import basis, cardinal, locate, silu, spread, value
-from layers.flash.triton_parts import store_parts
+from layers.flash.triton_parts import magnitude, stacked, store_parts, up
+
+
+@triton.jit(do_not_specialize=["upper", "rows", "samples", "blocks"])
+def measure_kernel(
+    above, below, x, scale, of_columns, of_inputs,
+    upper, rows, columns, samples, features, blocks,
+    bound: "fp32",
+    D: tl.constexpr, SCALED: tl.constexpr, BASE: tl.constexpr, BY_SAMPLE: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The largest magnitudes of the columns of a stacked matrix, and those that ``basis_kernel`` may make of the inputs.
+
+    of_inputs (B) with BY_SAMPLE, else (2 * I): of each feature's basis values, then of its SiLU's. ``bound`` is that of
+    basis values before the scale. Both arrays begin as 0. A program takes BR rows or samples and BC columns or features;
+    the first ``blocks`` take the matrix.
+    """
+    pid = tl.program_id(0)
+    r, c = tl.arange(0, BR)[:, None], tl.arange(0, BC)
+    if pid < blocks:
+        across = tl.cdiv(columns, BC)
+        row, column = (pid // across * BR + r).to(tl.int64), pid % across * BC + c
+        most = tl.max(magnitude(stacked(above, below, row, column[None, :], upper, rows, columns)), 0)
+        tl.atomic_max(of_columns + column, most, mask=column < columns, sem="relaxed")
+    else:
+        across = tl.cdiv(features, BC)
+        b, i = (pid - blocks) // across * BR + r, (pid - blocks) % across * BC + c
+        here = (b < samples) & (i < features)[None, :]
+        at = b.to(tl.int64) * features + i[None, :]
+        value, act = tl.where(here, bound, 0.0), tl.zeros([BR, BC], tl.float32)
+        if BASE:
+            act = tl.where(here, silu(tl.load(x + at, mask=here, other=0.0), D), 0.0)
+        if SCALED:
+            s = tl.load(scale + at, mask=here, other=0.0)
+            act *= s
+            value *= s
+        if BY_SAMPLE:
+            limit = tl.max(tl.maximum(magnitude(value), magnitude(act)), 1)[:, None]
+            tl.atomic_max(of_inputs + b, limit, mask=b < samples, sem="relaxed")
+        else:
+            tl.atomic_max(of_inputs + i, tl.max(magnitude(value), 0), mask=i < features, sem="relaxed")
+            tl.atomic_max(of_inputs + features + i, tl.max(magnitude(act), 0), mask=i < features, sem="relaxed")
 
 
 @triton.jit
@@ -17,9 +58,9 @@ def _store(to, v, plane, mask, PARTS: tl.constexpr):
 
 @triton.jit
 def _values(
-    block, b, x, scale, values, samples, features, columns, size, lead, plane, lo, hi, inv_h,
+    block, b, x, scale, largest, values, samples, features, columns, size, lead, plane, lo, hi, inv_h,
     ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr,
-    OFFSET: tl.constexpr, UNIT: tl.constexpr, BC: tl.constexpr,
+    BY_SAMPLE: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """BC columns of basis values, UNIT at a time, which belong to one input or to two that follow each other."""
     rows = size + ORDER
@@ -45,7 +86,14 @@ def _values(
     if SCALED:
         s0 = tl.load(scale + i, mask=here, other=0.0).to(CT)
         s1 = tl.load(scale + i + 1, mask=two, other=0.0).to(CT)
+        if PARTS and not BY_SAMPLE:
+            s0 *= up(tl.load(largest + i, mask=i < features, other=0))
+            s1 *= up(tl.load(largest + i + 1, mask=i + 1 < features, other=0))
         out *= tl.where(second, s1[:, :, None], s0[:, :, None])
+    if PARTS and BY_SAMPLE:
+        out *= up(tl.load(largest + b, mask=b < samples, other=0))[:, :, None]
+    elif PARTS and not SCALED:
+        out *= up(tl.load(largest))  # all features have the same
     column = (start + unit)[None, :, None] + n
     to = values + (b.to(tl.int64) * lead)[:, :, None] + column
     _store(to, out, plane, (b < samples)[:, :, None] & (column < columns), PARTS)
@@ -53,29 +101,35 @@ def _values(
 
 @triton.jit
 def _silus(
-    block, b, x, scale, acts, samples, features, lead, plane,
-    D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr, BC: tl.constexpr,
+    block, b, x, scale, largest, acts, samples, features, lead, plane,
+    D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr, BY_SAMPLE: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
     i = (block * BC + tl.arange(0, BC))[None, :]
     here = (b < samples) & (i < features)
     out = silu(tl.load(x + i, mask=here, other=0.0).to(CT), D)
     if SCALED:
         out *= tl.load(scale + i, mask=here, other=0.0).to(CT)
+    if PARTS and BY_SAMPLE:
+        out *= up(tl.load(largest + b, mask=b < samples, other=0))
+    elif PARTS:
+        out *= up(tl.load(largest + features + i, mask=i < features, other=0))
     _store(acts + b.to(tl.int64) * lead + i, out, plane, here, PARTS)
 
 
 @triton.jit(do_not_specialize=["samples", "size", "blocks"])
 def basis_kernel(
-    x, scale, values, acts,
+    x, scale, largest, values, acts,
     samples, features, columns, size, blocks, lead, lead_acts, plane,
     lo: "fp64", hi: "fp64", inv_h: "fp64",
     ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr,
-    OFFSET: tl.constexpr, UNIT: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr,
+    BY_SAMPLE: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """values (B, columns = I * R), all ``G + k`` values of each input, and acts (B, I), SiLU's; times the scale.
 
     A program makes BC columns of BB samples; the first ``blocks`` columns of programs are those of ``values``. OFFSET:
-    the integers that count columns. UNIT <= R. With PARTS all is stored in three parts, see ``triton_parts.py``.
+    the integers that count columns. UNIT <= R. With PARTS all is stored in two parts, see ``triton_parts.py``, scaled by
+    what ``measure_kernel`` found, for each sample or for each feature.
     """
     tiles = tl.cdiv(samples, BB)
     block = tl.program_id(0) // tiles
@@ -85,11 +139,14 @@ def basis_kernel(
     scale += b.to(tl.int64) * features
     if block < blocks:
         _values(
-            block, b, x, scale, values, samples, features, columns, size, lead, plane, lo, hi, inv_h,
-            ORDER, D, CT, SCALED, PARTS, OFFSET, UNIT, BC,
+            block, b, x, scale, largest, values, samples, features, columns, size, lead, plane, lo, hi, inv_h,
+            ORDER, D, CT, SCALED, PARTS, BY_SAMPLE, OFFSET, UNIT, BC,
         )  # fmt: skip
     else:
-        _silus(block - blocks, b, x, scale, acts, samples, features, lead_acts, plane, D, CT, SCALED, PARTS, BC)
+        _silus(
+            block - blocks, b, x, scale, largest, acts, samples, features, lead_acts, plane,
+            D, CT, SCALED, PARTS, BY_SAMPLE, BC,
+        )  # fmt: skip
 
 
 @triton.jit

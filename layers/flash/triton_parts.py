@@ -1,9 +1,10 @@
-"""Products of float32 matrices on tensor cores, in Triton: each number is the sum of three in bfloat16.
+"""Products of float32 matrices on tensor cores, in Triton: each number is the sum of two in float16.
 
-A float32 has 24 significant bits, a bfloat16 8: three hold it exactly, and so does a float32 the product of two of them.
-Of the nine products of parts, six matter to float32 (Henry, Tang and Heinecke 2019, arXiv 1904.06376). On GPUs whose
-tensor cores multiply bfloat16 sixteen times as fast as their other units multiply float32 that is more than twice as
-fast, and as exact. Launches: ``gpu_parts.py``.
+A float32 has 24 significant bits, a float16 11: two hold it but for its last bit, and of the four products of parts the
+smallest does not matter to float32. A float16 has a small range, so the second part is stored 2**11 times as large, and each
+row of the left and each column of the right matrix is multiplied by a power of two of its own, which is taken back at the
+end (Ootomo and Yokota 2022, arXiv 2203.03341). On GPUs whose tensor cores multiply float16 sixteen times as fast as their
+other units multiply float32 that is more than three times as fast, and as exact. Launches: ``gpu_parts.py``.
 """
 
 import triton
@@ -11,35 +12,62 @@ import triton.language as tl
 
 
 @triton.jit
-def _leading(v):
-    """``v`` cut down to what bfloat16 can hold."""
-    return (v.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+def magnitude(v):
+    """Nonnegative integers in the order of ``abs(v)``, float32; those of what is not a number are the largest."""
+    return v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def up(largest):
+    """The power of two that brings a line of numbers near to the end of float16's range: 2**14 to 2**15.
+
+    ``largest`` is the largest magnitude on the line. Not above 2**126, so that ``down`` is no less than 2**-126.
+    """
+    return (tl.minimum(268 - (largest >> 23), 253) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def down(largest):
+    """What undoes ``up``."""
+    return (254 - tl.minimum(268 - (largest >> 23), 253) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def store_parts(to, v, plane, mask):
-    """Stores ``v``, float32, as its three parts, from large to small, each ``plane`` numbers behind the one before."""
-    first = _leading(v)
-    second = _leading(v - first)
-    tl.store(to, first.to(to.dtype.element_ty), mask=mask)
-    tl.store(to + plane, second.to(to.dtype.element_ty), mask=mask)
-    tl.store(to + 2 * plane, (v - first - second).to(to.dtype.element_ty), mask=mask)
+    """Stores ``v``, float32 times ``up``, as its two parts, the second ``plane`` numbers behind the first."""
+    first = v.to(tl.float16)
+    tl.store(to, first, mask=mask)
+    tl.store(to + plane, ((v - first.to(tl.float32)) * 2048).to(tl.float16), mask=mask)
+
+
+@triton.jit
+def stacked(above, below, row, column, upper, rows, columns):
+    """A block of a matrix, the ``upper`` rows of ``above`` and, under them, those of ``below``; 0 outside."""
+    v = tl.load(above + row * columns + column, mask=(row < upper) & (column < columns), other=0.0)
+    is_below = (row >= upper) & (row < rows) & (column < columns)
+    return v + tl.load(below + (row - upper) * columns + column, mask=is_below, other=0.0)
 
 
 @triton.jit(do_not_specialize=["upper", "rows"])
 def split_kernel(
-    above, below, parts,
+    above, below, parts, largest,
     upper, rows, columns,
-    BR: tl.constexpr, BC: tl.constexpr,
+    BY_ROW: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """parts (3, rows, columns): the ``upper`` rows of ``above`` and, under them, those of ``below``."""
+    """parts (2, rows, columns) of a stacked matrix, and with BY_ROW the ``largest`` (rows) of each row.
+
+    BC >= columns with BY_ROW; else there is a ``largest`` (columns) to read.
+    """
     row = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
-    is_above = (row < upper) & (column < columns)
-    is_below = (row >= upper) & (row < rows) & (column < columns)
-    v = tl.load(above + row * columns + column, mask=is_above, other=0.0)
-    v += tl.load(below + (row - upper) * columns + column, mask=is_below, other=0.0)
-    store_parts(parts + row * columns + column, v, tl.cast(rows, tl.int64) * columns, is_above | is_below)
+    v = stacked(above, below, row, column, upper, rows, columns)
+    if BY_ROW:
+        most = tl.max(magnitude(v), 1)[:, None]
+        tl.store(largest + row, most, mask=row < rows)
+    else:
+        most = tl.load(largest + column, mask=column < columns, other=0)
+    mask = (row < rows) & (column < columns)
+    store_parts(parts + row * columns + column, v * up(most), tl.cast(rows, tl.int64) * columns, mask)
 
 
 @triton.jit
@@ -54,17 +82,19 @@ def _tile(part, row, column, lead, rows, columns, TURNED: tl.constexpr, WHOLE: t
     return tile
 
 
-@triton.jit(do_not_specialize=["upper", "one"])
+@triton.jit(do_not_specialize=["upper", "each", "one"])
 def product_kernel(
-    a, b, above, below,
-    rows, columns, inner, upper, step,
+    a, b, of_rows, of_columns, above, below,
+    rows, columns, inner, upper, each, step,
     one: "fp32",
     TURN_A: tl.constexpr, TURN_B: tl.constexpr, WHOLE: tl.constexpr, BELOW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The product of ``a`` and ``b``, both in parts, summed over ``step`` inner indices in each part of the sum.
+    """The product of ``a`` and ``b``, both in parts, summed over ``step`` inner indices in each piece of the sum.
 
-    Its first ``upper`` rows go to ``above`` (parts of the sum, upper, columns), the others to ``below``.
+    Its first ``upper`` rows go to ``above`` (pieces of the sum, upper, columns), the others to ``below``. ``of_columns`` is
+    the largest magnitude of each column of ``b``; ``of_rows`` that of every ``each`` of the upper rows of ``a`` and then
+    that of each other row.
     """
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -74,27 +104,24 @@ def product_kernel(
     lead_b = inner if TURN_B else columns
     plane_a = tl.cast(rows, tl.int64) * inner
     plane_b = tl.cast(columns, tl.int64) * inner
-    large, small = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+    total = tl.zeros((BM, BN), tl.float32)
     for k in tl.range(start, stop, BK, num_stages=STAGES):
         at = k + tl.arange(0, BK)
         a0 = _tile(a, row, at, lead_a, rows, stop, TURN_A, WHOLE)
         a1 = _tile(a + plane_a, row, at, lead_a, rows, stop, TURN_A, WHOLE)
-        a2 = _tile(a + 2 * plane_a, row, at, lead_a, rows, stop, TURN_A, WHOLE)
         b0 = _tile(b, at, column, lead_b, stop, columns, TURN_B, WHOLE)
         b1 = _tile(b + plane_b, at, column, lead_b, stop, columns, TURN_B, WHOLE)
-        b2 = _tile(b + 2 * plane_b, at, column, lead_b, stop, columns, TURN_B, WHOLE)
-        small = tl.dot(a2, b0, small)
-        small = tl.dot(a1, b1, small)
-        small = tl.dot(a0, b2, small)
-        small = tl.dot(a1, b0, small)
-        small = tl.dot(a0, b1, small)
+        sums = tl.dot(a1, b0)
+        sums = tl.dot(a0, b1, sums) * (one * 0.00048828125)  # 2**-11
         # Tensor cores cut sums off where float32 rounds, which adds up: long sums are made outside. Times ``one``, or the
         # compiler would move the sum inside.
-        large += tl.dot(a0, b0) * one
+        total += tl.dot(a0, b0, sums) * one
+    group = tl.where(row < upper, row // each, row - upper + upper // each)
+    total *= down(tl.load(of_rows + group, mask=row < rows, other=0))[:, None]
+    total *= down(tl.load(of_columns + column, mask=column < columns, other=0))[None, :]
     row, column = row.to(tl.int64)[:, None], column[None, :]
-    total = large + small
-    part = tl.program_id(2).to(tl.int64)
-    tl.store(above + (part * upper + row) * columns + column, total, mask=(row < upper) & (column < columns))
+    piece = tl.program_id(2).to(tl.int64)
+    tl.store(above + (piece * upper + row) * columns + column, total, mask=(row < upper) & (column < columns))
     if BELOW:
-        at = (part * (rows - upper) + row - upper) * columns + column
+        at = (piece * (rows - upper) + row - upper) * columns + column
         tl.store(below + at, total, mask=(row >= upper) & (row < rows) & (column < columns))

@@ -91,7 +91,8 @@ def walk_kernel(
     A stretch writes the rows from its first to the next one's; what its samples add to the ``k + 1`` rows behind these
     is its carry (stretches - 1, I, k + 1, O). ``dots`` has one for the blocks of outputs; WHOLE: BO divides the outputs.
     The loop over cells is unrolled ``k + 1`` times: then a window that moves on by a row is a matter of names, and no
-    register is copied. FAR: weights are read two rows ahead, not one; FETCH: into the cache, as many rows ahead (or 0).
+    register is copied. FAR: weights are read two rows ahead, not one; FETCH: into the cache, as many rows ahead (or 0);
+    FOLD: see ``_share``.
     """
     i = tl.program_id(0).to(tl.int64)
     stretch = tl.program_id(1)

@@ -215,7 +215,7 @@ def roofline(points: dict[str, tuple[float, float, float]], bandwidth: float, ra
     ridge = rate / bandwidth
     roof = [reach[0], ridge, reach[1]]
     ax.plot(roof, [min(x * bandwidth, rate) / 1e9 for x in roof], color=INK, lw=1.6)
-    ax.text(reach[0] * 1.1, reach[0] * bandwidth / 1e9 * 2, f"a copy: {bandwidth / 1e9:,.0f} GB/s", fontsize=9.5)
+    ax.text(reach[0] * 1.1, reach[0] * bandwidth / 1e9 * 4, f"a copy: {bandwidth / 1e9:,.0f} GB/s", fontsize=9.5)
     ax.text(ridge, rate / 1e9 * 1.2, f"a matrix product: {rate / 1e9:,.0f} Gflop/s", fontsize=9.5)
     marks = "osD^vP*X"  # the backward pass of each pair is hollow
     for n, (label, (moved, operations, seconds)) in enumerate(points.items()):
