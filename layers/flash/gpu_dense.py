@@ -21,7 +21,16 @@ def _offset(count: int):
 
 @remembered
 def _basis(
-    kinds: tuple, shape: tuple, order: int, lo: float, hi: float, d: int, leads: tuple, by: str | None, base: bool
+    kinds: tuple,
+    shape: tuple,
+    order: int,
+    lo: float,
+    hi: float,
+    d: int,
+    leads: tuple,
+    base: bool,
+    by: str | None = None,
+    matrix: tuple = (0, 0, 0),
 ) -> Launch:
     (samples, features, rows), (_, x_dtype, weight_dtype, scale) = shape, kinds
     constants = {"ORDER": order, "D": d, "CT": _wide(x_dtype, weight_dtype)}
@@ -30,28 +39,27 @@ def _basis(
     unit = next(n for n in (8 if by or narrow else 4, 4, 2, 1) if n <= rows)  # 16 bytes
     tile = {"BB": 8 if narrow else 4, "BC": 256}
     constants |= {"OFFSET": _offset(features * rows), "UNIT": unit} | tile
-    blocks = ceil_div(features * rows, tile["BC"])
-    programs = ceil_div(samples, tile["BB"]) * (blocks + (ceil_div(features, tile["BC"]) if base else 0))
-    numbers = (samples, features, features * rows, rows - order, blocks, *leads, lo, hi, (rows - order) / (hi - lo))
+    blocks, act_blocks = ceil_div(features * rows, tile["BC"]), ceil_div(features, tile["BC"]) if base else 0
+    programs = ceil_div(samples, tile["BB"]) * (blocks + act_blocks)
+    programs += ceil_div(matrix[1], 4) * ceil_div(matrix[2], 256)
+    numbers = (samples, features, features * rows, rows - order, blocks, act_blocks, *leads, *matrix)
+    numbers += (lo, hi, (rows - order) / (hi - lo))
     return Launch(triton_dense.basis_kernel, (programs,), numbers, constants, 4)
-
-
-def _fill(x, weight, scale, values, acts, order, lo, hi, d, largest: Tensor | None, by: str | None) -> None:
-    shape, kinds = (*x.shape, weight.shape[1]), dtypes(x, weight, scale)
-    leads = (values.stride(-2), values.stride(-2) if acts is None else acts.stride(-2), values.stride(0))
-    launch = _basis(kinds, shape, order, float(lo), float(hi), d, leads, by, acts is not None)
-    with on_device_of(x):
-        scale, largest = x if scale is None else scale.contiguous(), x if largest is None else largest
-        launch(x, scale, largest, values, values if acts is None else acts)
 
 
 def basis(
     x: Tensor, weight: Tensor, base: Tensor | None, scale: Tensor | None, order: int, lo: float, hi: float, d: int
 ) -> tuple[Tensor, Tensor | None]:
     """All basis values (B, I * R) in the dtype of the weights, SiLU's values (B, I) in that of ``base``; scaled."""
-    values = torch.empty(x.shape[0], x.shape[1] * weight.shape[1], dtype=weight.dtype, device=x.device)
+    (samples, features), rows = x.shape, weight.shape[1]
+    values = torch.empty(samples, features * rows, dtype=weight.dtype, device=x.device)
     acts = None if base is None else torch.empty(x.shape, dtype=base.dtype, device=x.device)
-    _fill(x, weight, scale, values, acts, order, lo, hi, d, None, None)
+    leads = (features * rows, features, 0)
+    kinds, shape = dtypes(x, weight, scale), (samples, features, rows)
+    launch = _basis(kinds, shape, order, float(lo), float(hi), d, leads, base is not None)
+    with on_device_of(x):
+        scale = x if scale is None else scale.contiguous()
+        launch(x, scale, x, values, values if acts is None else acts, x, x, x, x)
     return values, acts
 
 
@@ -81,7 +89,12 @@ def measure(
     return of_columns, of_inputs
 
 
-def basis_in_parts(
+def _bound(weight: Tensor, order: int, lo: float, hi: float, d: int) -> float:
+    """No basis value, or d-th derivative of one, is larger: each derivative is a difference of two, over a cell's width."""
+    return (2 * (weight.shape[1] - order) / (hi - lo)) ** d
+
+
+def factors(
     x: Tensor,
     weight: Tensor,
     base: Tensor | None,
@@ -90,18 +103,28 @@ def basis_in_parts(
     lo: float,
     hi: float,
     d: int,
-    largest: Tensor,
     by: str,
-) -> gpu_parts.Parts:
-    """All basis values and, behind them, SiLU's, if there is a base, in parts: (2, B, I * R + I).
+    above: Tensor,
+    below: Tensor | None,
+) -> tuple[gpu_parts.Parts, gpu_parts.Parts]:
+    """Both factors of a product, in parts: all basis values and, behind them, SiLU's, if there is a base, and the matrix
+    of ``above`` and, under it, ``below``.
 
-    They are scaled ``by`` each "sample" or by each "feature"; ``largest`` is what ``measure`` found.
+    The values are scaled ``by`` each "sample", (2, B, I * R + I), or by each "feature" and then the transpose of that; the
+    matrix by columns.
     """
-    columns = x.shape[1] * weight.shape[1]
-    parts = gpu_parts.empty(x.shape[0], columns + (0 if base is None else x.shape[1]), x.device)
-    acts = None if base is None else parts[:, :, columns:]
-    _fill(x, weight, scale, parts, acts, order, lo, hi, d, largest, by)
-    return gpu_parts.Parts(parts, largest)
+    (samples, features), rows, has_base = x.shape, weight.shape[1], base is not None
+    (upper, across), columns = above.shape, features * rows
+    largest = measure(above, below, x, scale, _bound(weight, order, lo, hi, d), d, has_base, by)
+    values = gpu_parts.empty(samples, columns + (features if has_base else 0), x.device)
+    matrix = gpu_parts.empty(upper + (0 if below is None else below.shape[0]), across, x.device)
+    kinds, shape = dtypes(x, weight, scale), (samples, features, rows)
+    leads, size = (values.shape[2], values.shape[2], values.stride(0)), (upper, *matrix.shape[1:])
+    launch = _basis(kinds, shape, order, float(lo), float(hi), d, leads, has_base, by, size)
+    scale, acts = x if scale is None else scale, values[:, :, columns:] if has_base else values
+    launch(x, scale, largest[1], values, acts, above, above if below is None else below, matrix, largest[0])
+    values = values.transpose(1, 2) if by == "feature" else values
+    return gpu_parts.Parts(values, largest[1]), gpu_parts.Parts(matrix, largest[0])
 
 
 @remembered
@@ -127,21 +150,15 @@ def contract(x: Tensor, products: Tensor, through_base: Tensor | None, weight: T
     return p
 
 
-def _bound(weight: Tensor, order: int, lo: float, hi: float, d: int) -> float:
-    """No basis value, or d-th derivative of one, is larger: each derivative is a difference of two, over a cell's width."""
-    return (2 * (weight.shape[1] - order) / (hi - lo)) ** d
-
-
 def apply_in_parts(
     x: Tensor, weight: Tensor, base: Tensor | None, scale: Tensor | None, order: int, lo: float, hi: float, d: int
 ) -> Tensor:
     """``y`` (B, O); see ``layers/flash/reference.py``."""
     weight, base, scale = (None if t is None else t.contiguous() for t in (weight, base, scale))
-    matrix, bound = weight.flatten(0, 1), _bound(weight, order, lo, hi, d)
     with on_device_of(x):
-        of_columns, of_samples = measure(matrix, base, x, scale, bound, d, base is not None, "sample")
-        values = basis_in_parts(x, weight, base, scale, order, lo, hi, d, of_samples, "sample")
-        return gpu_parts.product(values, gpu_parts.split(matrix, base, of_columns))[0]
+        return gpu_parts.products(
+            *factors(x, weight, base, scale, order, lo, hi, d, "sample", weight.flatten(0, 1), base)
+        )[0]
 
 
 def adjoint_in_parts(
@@ -158,19 +175,25 @@ def adjoint_in_parts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dot`` and ``scatter``; see ``layers/flash/reference.py``. An order of -1 leaves a result out (empty)."""
     grad, weight, base, scale = (None if t is None else t.contiguous() for t in (grad, weight, base, scale))
-    matrix, columns = weight.flatten(0, 1), weight.shape[0] * weight.shape[1]
-    p = v = b = None
+    (samples, features), (_, rows, outputs) = x.shape, weight.shape
+    columns = features * rows
+    wide = columns + (0 if base is None else features)
+    p = v = b = pair = products = None
+
+    def dot(products: Tensor) -> Tensor:
+        through_base = None if base is None else products[:, columns:]
+        return contract(x, products, through_base, weight, order, lo, hi, dot_d)
+
     with on_device_of(x):
         if dot_d >= 0:
-            products, _ = gpu_parts.product(gpu_parts.split(grad), gpu_parts.turn(gpu_parts.split(matrix, base)))
-            through_base = None if base is None else products[:, columns:]
-            p = contract(x, products, through_base, weight, order, lo, hi, dot_d)
-            del products, through_base
+            pair = gpu_parts.split_rows(grad, weight.flatten(0, 1), base)
+            sizes = (wide, outputs, samples), (samples, wide, outputs)
+            if scatter_d < 0 or not gpu_parts.side_by_side(*sizes, x.device):
+                p, pair = dot(gpu_parts.products(*pair)[0]), None
         if scatter_d >= 0:
-            bound = _bound(weight, order, lo, hi, scatter_d)
-            of_columns, of_features = measure(grad, None, x, scale, bound, scatter_d, base is not None, "feature")
-            values = basis_in_parts(x, weight, base, scale, order, lo, hi, scatter_d, of_features, "feature")
-            grad = gpu_parts.split(grad, None, of_columns)
-            v, b = gpu_parts.product(gpu_parts.turn(values), grad, columns, weight.shape[1])
+            values, right = factors(x, weight, base, scale, order, lo, hi, scatter_d, "feature", grad, None)
+            v, b, products = gpu_parts.products(values, right, columns, rows, pair)
             v = v.view(weight.shape)
+        if products is not None:
+            p = dot(products)
     return tuple(x.new_empty(0) if t is None else t for t in (p, v, b))

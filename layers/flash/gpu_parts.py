@@ -49,74 +49,106 @@ def empty(rows: int, columns: int, device: torch.device) -> Tensor:
 
 
 @remembered
-def _split(kinds: tuple, upper: int, lower: int, columns: int, by_row: bool) -> Launch:
-    across = max(16, power_of_2(columns)) if by_row else 256
+def _split_rows(kinds: tuple, first: int, second: int, rows: int, columns: int) -> Launch:
+    across = max(16, power_of_2(columns))
     block = max(1, 1024 // across)
-    constants = {"BY_ROW": by_row, "BR": block, "BC": across}
-    grid = (ceil_div(upper + lower, block), ceil_div(columns, across))
+    numbers = (first, second, rows, columns)
     warps = min(max(across // 1024, 4), 16)
-    return Launch(triton_parts.split_kernel, grid, (upper, upper + lower, columns), constants, warps)
+    return Launch(triton_parts.split_rows_kernel, (ceil_div(rows, block),), numbers, {"BR": block, "BC": across}, warps)
 
 
-def split(above: Tensor, below: Tensor | None = None, of_columns: Tensor | None = None) -> Parts:
-    """A contiguous matrix, or two with one under the other, in parts: scaled by rows, or by columns of given size."""
-    (upper, columns), lower = above.shape, 0 if below is None else below.shape[0]
-    numbers = empty(upper + lower, columns, above.device)
-    largest = numbers.new_empty(upper + lower, dtype=torch.int32) if of_columns is None else of_columns
-    launch = _split(dtypes(above), upper, lower, columns, of_columns is None)
-    launch(above, above if below is None else below, numbers, largest)
-    return Parts(numbers, largest)
+def split_rows(left: Tensor, above: Tensor, below: Tensor | None) -> tuple[Parts, Parts]:
+    """A contiguous matrix in parts, and the transpose of one or of two with one under the other: ready for a product."""
+    (first, columns), second = left.shape, left.shape[0] + above.shape[0]
+    rows = second + (0 if below is None else below.shape[0])
+    numbers = empty(rows, columns, left.device)
+    largest = torch.empty(rows, dtype=torch.int32, device=left.device)
+    launch = _split_rows(dtypes(left), first, second, rows, columns)
+    launch(left, above, above if below is None else below, numbers, largest)
+    return Parts(numbers[:, :first], largest[:first]), Parts(numbers[:, first:].transpose(1, 2), largest[first:])
 
 
-def turn(parts: Parts) -> Parts:
-    """The transpose of a matrix in parts."""
-    return Parts(parts.numbers.transpose(1, 2), parts.largest)
-
-
-def width_of(columns: int) -> int:
+def _width(columns: int) -> int:
     """Columns of a program's product."""
     return 128 if columns > 64 else 64
 
 
-def pieces_of(rows: int, columns: int, inner: int, processors: int) -> int:
-    """Into how many pieces the inner indices are split: the last round of programs should be a full one.
+def _microseconds(sizes: tuple, pieces: tuple, processors: int) -> float:
+    """What products of these sizes (rows, columns, inner indices) take on one H200, side by side and each in pieces.
 
-    Costs are microseconds on one H200; results of pieces have to be written and added. Programs that have a multiprocessor
-    to themselves, or share it with one other, are faster than three.
+    Programs are dealt out in rounds, and where the last one is not full, what is idle costs half. A program alone takes
+    nearly half of the time of three. Results of pieces have to be written and added.
     """
+    slots, length, idle, work, sums, longest = processors * TOGETHER, 0.0, 0, 0.0, 0.0, 0.0
+    for (rows, columns, inner), cut in zip(sizes, pieces, strict=True):
+        programs = ceil_div(rows, ROWS) * ceil_div(columns, _width(columns)) * cut
+        before, length = length, inner / cut
+        longest = max(longest, length)
+        work += programs * length / slots
+        idle = -max(0, programs - idle * int(before // length)) % slots  # some fit beside those before
+        sums += 2e-6 * cut * rows * columns + 2 if cut > 1 else 0
+    return 0.038 * max(work + 0.5 * idle / slots * length, 0.45 * longest) + sums
 
-    def cost(pieces: int) -> float:
-        programs = ceil_div(rows, ROWS) * ceil_div(columns, width_of(columns)) * pieces
-        rounds, others = divmod(ceil_div(programs, processors), TOGETHER)
-        time = (rounds + (0, 0.53, 0.77)[others]) * inner / pieces * 0.036
-        return time + (2e-6 * pieces * rows * columns + 2 if pieces > 1 else 0)
 
-    return min(range(1, min(16, max(1, inner // 128)) + 1), key=cost)
+def pieces_of(sizes: tuple, processors: int) -> tuple[tuple[int, ...], float]:
+    """Into how many pieces the inner indices of each product are split, and the microseconds they then take together."""
+    cuts = [[n for n in (1, 2, 3, 4, 6, 8, 12, 16) if n == 1 or inner // n >= 128] for _, _, inner in sizes]
+    choices = [(n,) for n in cuts[0]] if len(cuts) == 1 else [(n, m) for n in cuts[0] for m in cuts[1]]
+    best = min(choices, key=lambda pieces: _microseconds(sizes, pieces, processors))
+    return best, _microseconds(sizes, best, processors)
 
 
 @remembered
-def _product(
-    device: torch.device, turns: tuple, rows: int, columns: int, inner: int, upper: int, each: int
-) -> tuple[Launch, int]:
-    pieces = pieces_of(rows, columns, inner, multiprocessors(device))
-    step, width = ceil_div(ceil_div(inner, pieces), INNER) * INNER, width_of(columns)
-    whole = rows % ROWS == 0 and columns % width == 0 and inner % INNER == 0
-    constants = {"TURN_A": turns[0], "TURN_B": turns[1], "WHOLE": whole, "BELOW": upper < rows}
-    constants |= {"BM": ROWS, "BN": width, "BK": INNER, "STAGES": STAGES}
-    grid = (ceil_div(rows, ROWS), ceil_div(columns, width), ceil_div(inner, step))
-    numbers = (rows, columns, inner, upper, each, step, 1.0)
-    return Launch(triton_parts.product_kernel, grid, numbers, constants, 4, STAGES, REGISTERS), grid[2]
+def side_by_side(first: tuple, second: tuple, device: torch.device) -> bool:
+    """Whether two products take less time in one launch; their memory is then needed at the same time."""
+    processors = multiprocessors(device)
+    apart = pieces_of((first,), processors)[1] + pieces_of((second,), processors)[1]
+    return pieces_of((first, second), processors)[1] < 0.95 * apart
 
 
-def product(a: Parts, b: Parts, upper: int | None = None, each: int = 1) -> tuple[Tensor, Tensor | None]:
-    """The product of two matrices in parts, (2, M, K) and (2, K, N), in float32: its first ``upper`` rows, the others.
+class Plan(NamedTuple):
+    """The launch of one or two products, and the pieces that are added of each."""
 
-    ``each`` of the first rows of ``a`` were scaled together.
+    launch: Launch
+    pieces: tuple[int, ...]
+
+
+@remembered
+def _products(device: torch.device, sizes: tuple, planes: tuple, turned: tuple, upper: int, each: int) -> Plan:
+    pieces, steps, whole, programs = [], [], [], []
+    for (rows, columns, inner), cut in zip(sizes, pieces_of(sizes, multiprocessors(device))[0], strict=True):
+        width, step = _width(columns), ceil_div(ceil_div(inner, cut), INNER) * INNER
+        steps.append(step)
+        pieces.append(ceil_div(inner, step))
+        whole.append(rows % ROWS == 0 and columns % width == 0 and inner % INNER == 0)
+        programs.append(ceil_div(rows, ROWS) * ceil_div(columns, width) * pieces[-1])
+    numbers = (*sizes[0], *planes[:2], upper, each, steps[0], programs[0])
+    numbers += (*sizes[-1], *planes[-2:], steps[-1], 1.0)
+    constants = {"TURN_A": turned[0], "TURN_B": turned[1], "WHOLE": whole[0], "BELOW": upper < sizes[0][0], "BM": ROWS}
+    constants |= {"BN": _width(sizes[0][1]), "SECOND": len(sizes) > 1, "TURN_C": turned[-2], "TURN_D": turned[-1]}
+    constants |= {"WHOLE2": whole[-1], "BN2": _width(sizes[-1][1]), "BK": INNER, "STAGES": STAGES}
+    launch = Launch(triton_parts.products_kernel, (sum(programs),), numbers, constants, 4, STAGES, REGISTERS)
+    return Plan(launch, tuple(pieces))
+
+
+def products(
+    a: Parts, b: Parts, upper: int | None = None, each: int = 1, others: tuple[Parts, Parts] | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The product of two matrices in parts, (2, M, K) and (2, K, N), in float32: its first ``upper`` rows, by default all,
+    the others; and that of two ``others``, side by side with it.
+
+    ``each`` of the first rows of ``a`` were scaled together. Every matrix is stored by rows or by columns.
     """
-    (_, rows, inner), columns, device = a.numbers.shape, b.numbers.shape[2], a.numbers.device
-    upper, turns = rows if upper is None else upper, tuple(not t.numbers.is_contiguous() for t in (a, b))
-    launch, pieces = _product(device, turns, rows, columns, inner, upper, each)
-    above = torch.empty(pieces, upper, columns, dtype=torch.float32, device=device)
-    below = above.new_empty(pieces, rows - upper, columns) if upper < rows else None
-    launch(a.numbers, b.numbers, a.largest, b.largest, above, above if below is None else below)
-    return tuple(None if t is None else t[0] if pieces == 1 else t.sum(0) for t in (above, below))
+    pairs = [(a, b)] if others is None else [(a, b), others]
+    factors = [factor for pair in pairs for factor in pair]
+    sizes = tuple((left.numbers.shape[1], right.numbers.shape[2], left.numbers.shape[2]) for left, right in pairs)
+    planes, turned = zip(*[(t.numbers.stride(0), t.numbers.stride(2) != 1) for t in factors], strict=True)
+    rows, columns, _ = sizes[0]
+    upper = rows if upper is None else upper
+    launch, pieces = _products(a.numbers.device, sizes, planes, turned, upper, each)
+    above = a.numbers.new_empty(pieces[0], upper, columns, dtype=torch.float32)
+    below = above.new_empty(pieces[0], rows - upper, columns) if upper < rows else None
+    second = None if others is None else above.new_empty(pieces[1], *sizes[1][:2])
+    first, last = ([t.numbers for t in pair] + [t.largest for t in pair] for pair in (pairs[0], pairs[-1]))
+    launch(*first, above, above if below is None else below, *last, above if second is None else second)
+    return tuple(None if t is None else t[0] if len(t) == 1 else t.sum(0) for t in (above, below, second))

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from layers.flash.triton_basis import basis, cardinal, locate, silu, spread, value
-from layers.flash.triton_parts import magnitude, stacked, store_parts, up
+from layers.flash.triton_parts import magnitude, split, stacked, store_parts, up
 
 
 @triton.jit(do_not_specialize=["upper", "rows", "samples", "blocks"])
@@ -26,7 +26,8 @@ def measure_kernel(
     if pid < blocks:
         across = tl.cdiv(columns, BC)
         row, column = (pid // across * BR + r).to(tl.int64), pid % across * BC + c
-        most = tl.max(magnitude(stacked(above, below, row, column[None, :], upper, rows, columns)), 0)
+        v = stacked(above, below, below, row, column[None, :], upper, rows, rows, columns)
+        most = tl.max(magnitude(v), 0)
         tl.atomic_max(of_columns + column, most, mask=column < columns, sem="relaxed")
     else:
         across = tl.cdiv(features, BC)
@@ -117,10 +118,10 @@ def _silus(
     _store(acts + b.to(tl.int64) * lead + i, out, plane, here, PARTS)
 
 
-@triton.jit(do_not_specialize=["samples", "size", "blocks"])
+@triton.jit(do_not_specialize=["samples", "size", "blocks", "act_blocks", "upper", "rows"])
 def basis_kernel(
-    x, scale, largest, values, acts,
-    samples, features, columns, size, blocks, lead, lead_acts, plane,
+    x, scale, largest, values, acts, above, below, matrix, of_columns,
+    samples, features, columns, size, blocks, act_blocks, lead, lead_acts, plane, upper, rows, across,
     lo: "fp64", hi: "fp64", inv_h: "fp64",
     ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr,
     BY_SAMPLE: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr,
@@ -129,11 +130,13 @@ def basis_kernel(
 
     A program makes BC columns of BB samples; the first ``blocks`` columns of programs are those of ``values``. OFFSET:
     the integers that count columns. UNIT <= R. With PARTS all is stored in two parts, see ``triton_parts.py``, scaled by
-    what ``measure_kernel`` found, for each sample or for each feature.
+    what ``measure_kernel`` found, for each sample or for each feature; further programs do so with the matrix by which
+    this one will be multiplied, ``across`` columns wide and scaled by these.
     """
     tiles = tl.cdiv(samples, BB)
-    block = tl.program_id(0) // tiles
-    b = (tl.program_id(0) % tiles * BB + tl.arange(0, BB))[:, None]
+    pid = tl.program_id(0)
+    block = pid // tiles
+    b = (pid % tiles * BB + tl.arange(0, BB))[:, None]
     lo, hi, inv_h = tl.full([], lo, CT), tl.full([], hi, CT), tl.full([], inv_h, CT)
     x += b.to(tl.int64) * features
     scale += b.to(tl.int64) * features
@@ -142,11 +145,17 @@ def basis_kernel(
             block, b, x, scale, largest, values, samples, features, columns, size, lead, plane, lo, hi, inv_h,
             ORDER, D, CT, SCALED, PARTS, BY_SAMPLE, OFFSET, UNIT, BC,
         )  # fmt: skip
-    else:
+    elif block < blocks + act_blocks:
         _silus(
             block - blocks, b, x, scale, largest, acts, samples, features, lead_acts, plane,
             D, CT, SCALED, PARTS, BY_SAMPLE, BC,
         )  # fmt: skip
+    elif PARTS:
+        pid -= tiles * (blocks + act_blocks)
+        high = tl.cdiv(rows, 4)
+        split(
+            pid % high, pid // high, above, below, below, matrix, of_columns, upper, rows, rows, across, False, 4, 256
+        )
 
 
 @triton.jit

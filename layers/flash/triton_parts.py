@@ -41,26 +41,26 @@ def store_parts(to, v, plane, mask):
 
 
 @triton.jit
-def stacked(above, below, row, column, upper, rows, columns):
-    """A block of a matrix, the ``upper`` rows of ``above`` and, under them, those of ``below``; 0 outside."""
-    v = tl.load(above + row * columns + column, mask=(row < upper) & (column < columns), other=0.0)
-    is_below = (row >= upper) & (row < rows) & (column < columns)
-    return v + tl.load(below + (row - upper) * columns + column, mask=is_below, other=0.0)
+def stacked(one, two, three, row, column, first, second, rows, columns):
+    """A block of a matrix (rows, columns): ``one`` ends at row ``first``, ``two`` under it at ``second``; 0 outside."""
+    inside = (row < rows) & (column < columns)
+    v = tl.load(one + row * columns + column, mask=inside & (row < first), other=0.0)
+    v += tl.load(two + (row - first) * columns + column, mask=inside & (row >= first) & (row < second), other=0.0)
+    return v + tl.load(three + (row - second) * columns + column, mask=inside & (row >= second), other=0.0)
 
 
-@triton.jit(do_not_specialize=["upper", "rows"])
-def split_kernel(
-    above, below, parts, largest,
-    upper, rows, columns,
+@triton.jit
+def split(
+    at_row, at_column, one, two, three, parts, largest, first, second, rows, columns,
     BY_ROW: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """parts (2, rows, columns) of a stacked matrix, and with BY_ROW the ``largest`` (rows) of each row.
+    """A block of parts (2, rows, columns) of a stacked matrix, and with BY_ROW the ``largest`` (rows) of each row.
 
     BC >= columns with BY_ROW; else there is a ``largest`` (columns) to read.
     """
-    row = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)[:, None]
-    column = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
-    v = stacked(above, below, row, column, upper, rows, columns)
+    row = (at_row * BR + tl.arange(0, BR)).to(tl.int64)[:, None]
+    column = (at_column * BC + tl.arange(0, BC))[None, :]
+    v = stacked(one, two, three, row, column, first, second, rows, columns)
     if BY_ROW:
         most = tl.max(magnitude(v), 1)[:, None]
         tl.store(largest + row, most, mask=row < rows)
@@ -68,6 +68,14 @@ def split_kernel(
         most = tl.load(largest + column, mask=column < columns, other=0)
     mask = (row < rows) & (column < columns)
     store_parts(parts + row * columns + column, v * up(most), tl.cast(rows, tl.int64) * columns, mask)
+
+
+@triton.jit(do_not_specialize=["first", "second", "rows"])
+def split_rows_kernel(
+    one, two, three, parts, largest, first, second, rows, columns, BR: tl.constexpr, BC: tl.constexpr
+):
+    """A stacked matrix in parts, scaled by rows: see ``split``."""
+    split(tl.program_id(0), 0, one, two, three, parts, largest, first, second, rows, columns, True, BR, BC)
 
 
 @triton.jit
@@ -82,30 +90,22 @@ def _tile(part, row, column, lead, rows, columns, TURNED: tl.constexpr, WHOLE: t
     return tile
 
 
-@triton.jit(do_not_specialize=["upper", "each", "one"])
-def product_kernel(
-    a, b, of_rows, of_columns, above, below,
-    rows, columns, inner, upper, each, step,
-    one: "fp32",
+@triton.jit
+def _product(
+    pid, a, b, of_rows, of_columns, above, below,
+    rows, columns, inner, plane_a, plane_b, upper, each, step, one,
     TURN_A: tl.constexpr, TURN_B: tl.constexpr, WHOLE: tl.constexpr, BELOW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The product of ``a`` and ``b``, both in parts, summed over ``step`` inner indices in each piece of the sum.
-
-    Its first ``upper`` rows go to ``above`` (pieces of the sum, upper, columns), the others to ``below``. ``of_columns`` is
-    the largest magnitude of each column of ``b``; ``of_rows`` that of every ``each`` of the upper rows of ``a`` and then
-    that of each other row.
-    """
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    column = tl.program_id(1) * BN + tl.arange(0, BN)
-    start = tl.program_id(2) * step
-    stop = tl.minimum(start + step, inner)
+    tall, wide = tl.cdiv(rows, BM), tl.cdiv(columns, BN)  # in programs
+    row = pid % tall * BM + tl.arange(0, BM)
+    column = pid // tall % wide * BN + tl.arange(0, BN)
+    piece = pid // (tall * wide)
+    stop = tl.minimum(piece * step + step, inner)
     lead_a = rows if TURN_A else inner
     lead_b = inner if TURN_B else columns
-    plane_a = tl.cast(rows, tl.int64) * inner
-    plane_b = tl.cast(columns, tl.int64) * inner
     total = tl.zeros((BM, BN), tl.float32)
-    for k in tl.range(start, stop, BK, num_stages=STAGES):
+    for k in tl.range(piece * step, stop, BK, num_stages=STAGES):
         at = k + tl.arange(0, BK)
         a0 = _tile(a, row, at, lead_a, rows, stop, TURN_A, WHOLE)
         a1 = _tile(a + plane_a, row, at, lead_a, rows, stop, TURN_A, WHOLE)
@@ -119,9 +119,40 @@ def product_kernel(
     group = tl.where(row < upper, row // each, row - upper + upper // each)
     total *= down(tl.load(of_rows + group, mask=row < rows, other=0))[:, None]
     total *= down(tl.load(of_columns + column, mask=column < columns, other=0))[None, :]
-    row, column = row.to(tl.int64)[:, None], column[None, :]
-    piece = tl.program_id(2).to(tl.int64)
+    row, column, piece = row.to(tl.int64)[:, None], column[None, :], piece.to(tl.int64)
     tl.store(above + (piece * upper + row) * columns + column, total, mask=(row < upper) & (column < columns))
     if BELOW:
         at = (piece * (rows - upper) + row - upper) * columns + column
         tl.store(below + at, total, mask=(row >= upper) & (row < rows) & (column < columns))
+
+
+@triton.jit(do_not_specialize=["upper", "each", "programs", "one"])
+def products_kernel(
+    a, b, of_rows, of_columns, above, below, c, d, of_rows2, of_columns2, other,
+    rows, columns, inner, plane_a, plane_b, upper, each, step, programs,
+    rows2, columns2, inner2, plane_c, plane_d, step2,
+    one: "fp32",
+    TURN_A: tl.constexpr, TURN_B: tl.constexpr, WHOLE: tl.constexpr, BELOW: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, SECOND: tl.constexpr, TURN_C: tl.constexpr, TURN_D: tl.constexpr, WHOLE2: tl.constexpr,
+    BN2: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The product of ``a`` and ``b``, both in parts, summed over ``step`` inner indices in each piece of the sum; and with
+    SECOND that of ``c`` and ``d``, side by side with it. A turned matrix is stored by columns.
+
+    The first ``upper`` rows go to ``above`` (pieces of the sum, upper, columns), the others to ``below``; the second
+    product to ``other``. ``of_columns`` is the largest magnitude of each column of ``b``; ``of_rows`` that of every
+    ``each`` of the upper rows of ``a`` and then that of each other row. The first ``programs`` make the first product.
+    """
+    pid = tl.program_id(0)
+    if pid < programs:
+        _product(
+            pid, a, b, of_rows, of_columns, above, below,
+            rows, columns, inner, plane_a, plane_b, upper, each, step, one,
+            TURN_A, TURN_B, WHOLE, BELOW, BM, BN, BK, STAGES,
+        )  # fmt: skip
+    elif SECOND:
+        _product(
+            pid - programs, c, d, of_rows2, of_columns2, other, other,
+            rows2, columns2, inner2, plane_c, plane_d, rows2, 1, step2, one,
+            TURN_C, TURN_D, WHOLE2, False, BM, BN2, BK, STAGES,
+        )  # fmt: skip
