@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from tests import ROOT
+from tests.test_operator import no_cuda
 
 
 def test_the_kernels_agree_with_float64():
@@ -29,7 +29,7 @@ def test_the_kernels_agree_with_float64():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@no_cuda
 def test_products_in_parts_of_numbers_of_all_sizes():
     """float16 has a small range; this must not show."""
     from tests.interpreted import error_of_all_sizes
