@@ -274,7 +274,14 @@ def test_output_buffers_hold_rubbish_before(case, route, device):
 
 
 @pytest.mark.parametrize(
-    "case", (Case(63, 17, 63, 50, second=True), Case(63, x="one cell", second=True), Case(1023, 3, 3, 100)), ids=str
+    "case",
+    (
+        Case(63, 17, 63, 50, second=True),
+        Case(63, x="one cell", second=True),
+        Case(1023, 3, 3, 100),
+        Case(63, grid_range=(-3, 7), grid_size=500, second=True),  # elsewhere by atomics
+    ),
+    ids=str,
 )
 def test_bit_identical_under_deterministic_algorithms(case, route, device, deterministic):
     """In this mode PyTorch also fills new memory with NaN, so a forgotten number shows too."""
@@ -305,15 +312,13 @@ def test_bit_identical_wherever_the_arrays_lie():
         assert all(torch.equal(a, b) for a, b in zip(got, first, strict=True)), f"another result in call {n}"
 
 
-@pytest.mark.parametrize("outputs", (1, 3, 5, 33, 65))
+@pytest.mark.parametrize("outputs", (1, 3, 17, 63, 65))
 def test_an_infinite_weight_is_met_only_by_who_uses_it(outputs, route, device):
     """Kernels read whole vectors, beyond the last output into the next row: nothing of that may come through."""
-    layout = {"dtype": torch.float64, "device": device}
-    x = torch.linspace(-1.49, 1.53, 61, **layout).reshape(-1, 1).requires_grad_()  # none on a knot: 0 * inf is NaN
-    weight = torch.ones(1, 11, outputs, **layout)
+    x = torch.linspace(-1.49, 1.53, 61, device=device).reshape(-1, 1).requires_grad_()  # none on a knot: 0 * inf is NaN
+    weight, base = torch.ones(1, 11, outputs, device=device), torch.ones(1, outputs, device=device)
     weight[0, 5, 0] = torch.inf
-    weight.requires_grad_()
-    y = flash_kan(x, weight, None, route=route)
+    y = flash_kan(x, weight.requires_grad_(), base.requires_grad_(), route=route)
     grad = torch.autograd.grad(y.sum(), x)[0]
     assert y[:, 1:].isfinite().all()
     meets = dense_basis(x.detach(), 8, 3)[:, 0, 5] != 0
@@ -435,10 +440,11 @@ def test_gradcheck(order, route, device):
     tensors = double_inputs(device, order)
     call = functools.partial(flash_kan, spline_order=order, route=route)
     assert torch.autograd.gradcheck(call, tensors)
-    assert torch.autograd.gradcheck(lambda x, w: call(x, w), tensors[:2])
     # fast_mode compares random projections of the Jacobians: a wrong entry shows in them just as well.
     assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
-    assert torch.autograd.gradgradcheck(lambda x, w: call(x, w), tensors[:2], fast_mode=True)
+    if order == 3:  # each of these compiles kernels of its own on a CPU
+        assert torch.autograd.gradcheck(lambda x, w: call(x, w), tensors[:2])
+        assert torch.autograd.gradgradcheck(lambda x, w: call(x, w), tensors[:2], fast_mode=True)
 
 
 def test_third_order(route, device):
@@ -485,7 +491,7 @@ def test_saved_for_backward_does_not_grow_with_the_grid_or_the_outputs(route, de
     for base_activation in (nn.SiLU, None):
         kept, kept_by_dense = {}, {}
         for size in (5, 200):
-            for outputs in (2, 50):
+            for outputs in (3, 50):
                 layer = FlashKAN(features, outputs, size, base_activation=base_activation, device=device)
                 weights = list(layer.parameters())
                 call = functools.partial(flash_kan, x, layer.spline_weight, layer.base_weight, route=route)
@@ -494,7 +500,7 @@ def test_saved_for_backward_does_not_grow_with_the_grid_or_the_outputs(route, de
                 dense = KANLinear(features, outputs, size, base_activation=base_activation, device=device)
                 kept_by_dense[size, outputs] = saved_bytes(lambda dense=dense: dense(x), *dense.parameters())
         assert set(kept.values()) == {x.nbytes}, kept
-        assert kept_by_dense[200, 2] > 20 * kept_by_dense[5, 2] > 20 * x.nbytes  # the count sees what there is
+        assert kept_by_dense[200, 3] > 20 * kept_by_dense[5, 3] > 20 * x.nbytes  # the count sees what there is
 
 
 def test_saved_by_the_backward_pass_does_not_grow_with_the_grid(route, device):
@@ -502,7 +508,7 @@ def test_saved_by_the_backward_pass_does_not_grow_with_the_grid(route, device):
     kept = set()
     for size in (5, 200):
         x = torch.rand(64, 32, device=device).requires_grad_()
-        weight = torch.rand(32, size + 3, 2, device=device).requires_grad_()
+        weight = torch.rand(32, size + 3, 3, device=device).requires_grad_()
         y = flash_kan(x, weight, route=route)
         g = torch.ones_like(y).requires_grad_()
         kept.add(saved_bytes(lambda y=y, x=x, g=g: torch.autograd.grad(y, x, g, create_graph=True), weight, x))

@@ -103,17 +103,16 @@ def factors(
     lo: float,
     hi: float,
     d: int,
-    by: str,
-    above: Tensor,
-    below: Tensor | None,
+    grad: Tensor | None,
 ) -> tuple[gpu_parts.Parts, gpu_parts.Parts]:
-    """Both factors of a product, in parts: all basis values and, behind them, SiLU's, if there is a base, and the matrix
-    of ``above`` and, under it, ``below``.
+    """Both factors of a product, in parts: all basis values and, behind them, SiLU's, if there is a base, and what they
+    are multiplied by, scaled by columns.
 
-    The values are scaled ``by`` each "sample", (2, B, I * R + I), or by each "feature" and then the transpose of that; the
-    matrix by columns.
+    That is the weights, with those of the base under them, and the values are scaled by samples, (2, B, I * R + I); or it
+    is ``grad``, and the values are the transpose, scaled by features.
     """
     (samples, features), rows, has_base = x.shape, weight.shape[1], base is not None
+    by, above, below = ("sample", weight.flatten(0, 1), base) if grad is None else ("feature", grad, None)
     (upper, across), columns = above.shape, features * rows
     largest = measure(above, below, x, scale, _bound(weight, order, lo, hi, d), d, has_base, by)
     values = gpu_parts.empty(samples, columns + (features if has_base else 0), x.device)
@@ -156,9 +155,7 @@ def apply_in_parts(
     """``y`` (B, O); see ``layers/flash/reference.py``."""
     weight, base, scale = (None if t is None else t.contiguous() for t in (weight, base, scale))
     with on_device_of(x):
-        return gpu_parts.products(
-            *factors(x, weight, base, scale, order, lo, hi, d, "sample", weight.flatten(0, 1), base)
-        )[0]
+        return gpu_parts.products(*factors(x, weight, base, scale, order, lo, hi, d, None))[0]
 
 
 def adjoint_in_parts(
@@ -191,7 +188,7 @@ def adjoint_in_parts(
             if scatter_d < 0 or not gpu_parts.side_by_side(*sizes, x.device):
                 p, pair = dot(gpu_parts.products(*pair)[0]), None
         if scatter_d >= 0:
-            values, right = factors(x, weight, base, scale, order, lo, hi, scatter_d, "feature", grad, None)
+            values, right = factors(x, weight, base, scale, order, lo, hi, scatter_d, grad)
             v, b, products = gpu_parts.products(values, right, columns, rows, pair)
             v = v.view(weight.shape)
         if products is not None:

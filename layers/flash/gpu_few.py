@@ -1,4 +1,4 @@
-"""Launches the kernels of ``triton_few.py``: few outputs.
+"""Launches the kernels of ``triton_windows.py`` and ``triton_few.py``: few outputs.
 
 The shapes are fixed by short measured rules, so that no reader waits for an autotuner; ``layers/flash/NOTES.md`` holds
 the measurements.
@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from layers.flash import triton_few, triton_sort
+from layers.flash import triton_few, triton_sort, triton_windows
 from layers.flash.launch import Launch, ceil_div, dtypes, multiprocessors, power_of_2, remembered, tf32_allowed
 from layers.flash.reference import compute_dtype
 
@@ -20,6 +20,7 @@ FEW_ROWS = 32  # of the gradient, up to which all samples go through the product
 SORT_ALONG = 256  # samples, up to which every program that needs a feature's samples in order sorts them itself
 ROWS_TILE = {"BM": 64, "BS": 32}  # coarse grid: rows and samples of a product
 BASE_TILE = {"BASE_BM": 16, "BASE_BS": 32}  # fine grid: features and samples of a product for the base gradient
+ADD_ROWS, ADD_OUTPUTS = 256, 16  # more rows, twice as many as samples, and no more outputs: atomics
 
 
 def unit(outputs: int) -> int:
@@ -36,7 +37,7 @@ def _forward(kinds: tuple, shape: tuple, outputs: int, order: int, lo: float, hi
     constants |= {"SCALED": scale is not None, "BASE": base is not None, "UNIT": step}
     constants |= {"BI": min(2048 // width, power_of_2(features)), "BO": width, "ALL": min(power_of_2(features), 1024)}
     numbers = (samples, features, outputs // step, size, lo, hi, size / (hi - lo))
-    return Launch(triton_few.few_kernel, (samples,), numbers, constants, 8)
+    return Launch(triton_windows.few_kernel, (samples,), numbers, constants, 8)
 
 
 def apply(
@@ -63,6 +64,16 @@ def column_shape(samples: int, features: int, rows: int, processors: int) -> tup
     return frame, chunk, warps, min(ceil_div(rows, frame), ceil_div(wanted, features))
 
 
+def adds(samples: int, rows: int, outputs: int, weight_dtype: torch.dtype) -> bool:
+    """Whether the gradient of the weights is made by atomics.
+
+    Measured as fast or faster where rows are many, samples few among them, and outputs few, however samples lie; with more
+    samples only where they do not gather in one cell.
+    """
+    faster = rows > ADD_ROWS and rows >= 2 * samples and outputs <= ADD_OUTPUTS
+    return faster and weight_dtype == torch.float32 and not torch.are_deterministic_algorithms_enabled()
+
+
 def precision(weight: Tensor) -> str:
     """How tensor cores multiply float32: as three TF32 products, which keep 22 bits, unless fewer are wanted."""
     narrow = weight.dtype in (torch.bfloat16, torch.float16) or tf32_allowed()
@@ -80,9 +91,10 @@ def _backward(
     dot_d: int,
     scatter_d: int,
     precision: str,
+    adding: bool,
     processors: int,
 ) -> tuple[Launch, Launch | None, tuple, torch.dtype]:
-    """The launch; the one that sorts before, if any; shape and dtype of the keys, which are empty on a coarse grid."""
+    """The launch; the one that sorts before, if any; shape and dtype of the keys, none where nothing is sorted."""
     samples, features, rows = shape
     _, _, _, _, base, scale = kinds
     size, step = rows - order, unit(outputs)
@@ -91,7 +103,7 @@ def _backward(
     grid = (lo, hi, size / (hi - lo))
     constants = {"ORDER": order, "DOT_D": dot_d, "SCATTER_D": scatter_d, "CT": tl.float32, "SCALED": scale is not None}
     constants |= {"BASE": base is not None, "PRECISION": precision, "UNIT": step, "BN": max(power_of_2(outputs), 16)}
-    constants |= {"BI": 64 if coarse else 32 * warps, "BO": max(power_of_2(outputs), 4)}
+    constants |= {"BI": 64 if coarse or adding else 32 * warps, "BO": max(power_of_2(outputs), 4)}
     gathers = samples * ceil_div(features, constants["BI"]) if dot_d >= 0 else 0
     bases = ceil_div(features, ROWS_TILE["BM"] if coarse else BASE_TILE["BASE_BM"])
     bases = bases if scatter_d >= 0 and base is not None else 0
@@ -100,6 +112,10 @@ def _backward(
         programs = ceil_div(features * rows, ROWS_TILE["BM"]) if scatter_d >= 0 else 0
         numbers = (*numbers, bases, programs, *grid)
         launch = Launch(triton_few.rows_kernel, (bases + programs + gathers,), numbers, constants | ROWS_TILE, 4)
+        return launch, None, (0,), torch.int32
+    if adding:
+        programs = bases + samples * ceil_div(features, constants["BI"])
+        launch = Launch(triton_few.adds_kernel, (programs,), (*numbers, bases, *grid), constants | BASE_TILE, 4)
         return launch, None, (0,), torch.int32
     columns, block = features * groups, power_of_2(samples)
     bits, key_dtype = triton_sort.key_format(samples, size, order)
@@ -133,16 +149,17 @@ def adjoint(
     """
     rows, outputs = weight.shape[1:]
     kinds, shape = dtypes(grad, x, weight, base, scale), (*x.shape, rows)
-    processors = multiprocessors(x.device)
+    processors, adding = multiprocessors(x.device), scatter_d >= 0 and adds(x.shape[0], rows, outputs, weight.dtype)
     launch, sort, key_shape, key_dtype = _backward(
-        kinds, shape, outputs, order, float(lo), float(hi), dot_d, scatter_d, precision(weight), processors
+        kinds, shape, outputs, order, float(lo), float(hi), dot_d, scatter_d, precision(weight), adding, processors
     )
     dots = v = b = windows = keys = None
     if dot_d >= 0:
         dots = torch.empty_like(x)
+    if dot_d >= 0 or adding:
         windows = torch.empty(order + 3, x.numel(), dtype=torch.float32, device=x.device)
     if scatter_d >= 0:
-        v = torch.empty_like(weight)
+        v = torch.zeros_like(weight) if adding else torch.empty_like(weight)
         b = None if base is None else torch.empty_like(base)
     if len(key_shape) == 2:
         keys = torch.empty(key_shape, dtype=key_dtype, device=x.device)

@@ -23,7 +23,7 @@ class Parts(NamedTuple):
     """A float32 matrix in two parts (2, rows, columns), float16, and the largest magnitudes by which it was scaled.
 
     ``largest`` are bits of float32 as int32, one for each row if the matrix is on the left of a product, for each column
-    if it is on the right; see ``product`` for rows that share one.
+    if it is on the right; see ``products`` for rows that share one.
     """
 
     numbers: Tensor
@@ -106,15 +106,9 @@ def side_by_side(first: tuple, second: tuple, device: torch.device) -> bool:
     return pieces_of((first, second), processors)[1] < 0.95 * apart
 
 
-class Plan(NamedTuple):
-    """The launch of one or two products, and the pieces that are added of each."""
-
-    launch: Launch
-    pieces: tuple[int, ...]
-
-
 @remembered
-def _products(device: torch.device, sizes: tuple, planes: tuple, turned: tuple, upper: int, each: int) -> Plan:
+def _products(device: torch.device, sizes: tuple, planes: tuple, turned: tuple, upper: int, each: int) -> tuple:
+    """The launch of one or two products, and the pieces that are added of each."""
     pieces, steps, whole, programs = [], [], [], []
     for (rows, columns, inner), cut in zip(sizes, pieces_of(sizes, multiprocessors(device))[0], strict=True):
         width, step = _width(columns), ceil_div(ceil_div(inner, cut), INNER) * INNER
@@ -128,7 +122,7 @@ def _products(device: torch.device, sizes: tuple, planes: tuple, turned: tuple, 
     constants |= {"BN": _width(sizes[0][1]), "SECOND": len(sizes) > 1, "TURN_C": turned[-2], "TURN_D": turned[-1]}
     constants |= {"WHOLE2": whole[-1], "BN2": _width(sizes[-1][1]), "BK": INNER, "STAGES": STAGES}
     launch = Launch(triton_parts.products_kernel, (sum(programs),), numbers, constants, 4, STAGES, REGISTERS)
-    return Plan(launch, tuple(pieces))
+    return launch, tuple(pieces)
 
 
 def products(

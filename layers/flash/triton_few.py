@@ -1,121 +1,22 @@
-"""The GPU kernels for few outputs, in Triton: one program takes all outputs of a sample, or of a feature.
+"""The GPU kernels for few outputs, backward, in Triton: one program takes all outputs.
 
-Forward, a program finds the windows of one sample, one thread for each, and then adds their rows up. Backward, ``dot`` is
-a gather of the same kind, and the gradient of the weights comes from small matrix products, basis values (rows, samples)
-times gradients (samples, outputs): with all samples on a coarse grid (``rows_kernel``), and on a fine one with those that
-reach a tile of rows, found by sorting (``columns_kernel``). Programs of different kinds share a launch, so that they run
-side by side.
+The gradient of the weights comes from small matrix products, basis values (rows, samples) times gradients (samples,
+outputs): with all samples on a coarse grid (``rows_kernel``), and on a fine one with those that reach a tile of rows, found
+by sorting (``columns_kernel``). In both every row of the gradient is written once, by one program: no atomics, no
+zero-fill, nothing that changes from run to run. Where rows are many and samples few, most tiles are nearly empty, and atomics
+are faster (``adds_kernel``); under ``torch.use_deterministic_algorithms(True)`` they are not used. Programs of different
+kinds, those of the gradient of ``x`` among them, share a launch, so that they run side by side.
 
-Every row of the gradient is written once, by one program: no atomics, no zero-fill, nothing that changes from run to run.
 Formulas and shapes: ``layers/flash/reference.py``. Launches: ``gpu_few.py``. A derivative of -1 leaves that half
-out. ``CT`` is the dtype of all sums, float64 or float32, whatever that of the weights.
+out. ``CT`` is the dtype of all sums, float32, whatever that of the weights.
 """
 
 import triton
 import triton.language as tl
 
-from layers.flash.triton_basis import cardinal, silu, value, window
+from layers.flash.triton_basis import cardinal, silu
 from layers.flash.triton_sort import sorted_keys
-
-
-@triton.jit
-def _leave_windows(
-    x, scale, windows, at, here, plane, size, lo, hi, inv_h,
-    ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, BASE: tl.constexpr,
-):  # fmt: skip
-    """Finds one window a thread and leaves it in ``windows`` (k + 3, B, I) for the threads that share it: its first row,
-    as bits or as a number, its values, SiLU's value."""
-    first, w0, w1, w2, w3, w4, w5, act = window(x, scale, at, here, size, lo, hi, inv_h, ORDER, D, CT, SCALED)
-    row = first.to(CT, bitcast=True) if CT == tl.float32 else first.to(CT)
-    tl.store(windows + at, row, mask=here)
-    for r in tl.static_range(ORDER + 1):
-        tl.store(windows + (r + 1) * plane + at, value(r, w0, w1, w2, w3, w4, w5), mask=here)
-    if BASE:
-        tl.store(windows + (ORDER + 2) * plane + at, act, mask=here)
-
-
-@triton.jit
-def _first_rows(windows, at, here, CT: tl.constexpr):
-    row = tl.load(windows + at, mask=here, other=0.0)
-    return row.to(tl.int32, bitcast=True) if CT == tl.float32 else row.to(tl.int32)
-
-
-@triton.jit
-def _add_rows(
-    acc, row, windows, weight, base, i, at, here, o, inside, plane, outputs, one_feature,
-    ORDER: tl.constexpr, CT: tl.constexpr, BASE: tl.constexpr,
-):  # fmt: skip
-    """Adds to acc[i, o] the rows of the windows that ``_leave_windows`` left, and the base weights."""
-    rows = weight + i.to(tl.int64) * one_feature + row * outputs
-    rows = rows[:, None] + o[None, :]
-    mask = inside[None, :] & here[:, None]
-    for r in tl.static_range(ORDER + 1):
-        v = tl.load(windows + (r + 1) * plane + at, mask=here, other=0.0)
-        acc += v[:, None] * tl.load(rows + r * outputs, mask=mask, other=0.0).to(CT)
-    if BASE:
-        act = tl.load(windows + (ORDER + 2) * plane + at, mask=here, other=0.0)
-        acc += act[:, None] * tl.load(base + i[:, None] * outputs + o[None, :], mask=mask, other=0.0).to(CT)
-    return acc
-
-
-@triton.jit(do_not_specialize=["samples", "features", "size"])
-def few_kernel(
-    x, scale, weight, base, windows, y,
-    samples, features, units, size,
-    lo: "fp64", hi: "fp64", inv_h: "fp64",
-    ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, BASE: tl.constexpr,
-    UNIT: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, ALL: tl.constexpr,
-):  # fmt: skip
-    """y[b, o] for one sample, all its features and all outputs."""
-    outputs = units * UNIT
-    lo, hi, inv_h = tl.full([], lo, CT), tl.full([], hi, CT), tl.full([], inv_h, CT)
-    b = tl.program_id(0).to(tl.int64)
-    sample = b * features
-    plane = tl.cast(features, tl.int64) * samples
-    for start in range(0, features, ALL):
-        i = start + tl.arange(0, ALL)
-        _leave_windows(
-            x, scale, windows, sample + i, i < features, plane, size, lo, hi, inv_h, ORDER, D, CT, SCALED, BASE
-        )
-    tl.debug_barrier()
-    o = tl.arange(0, BO)
-    one_feature = (size + ORDER) * outputs
-    acc = tl.zeros((BI, BO), CT)
-    i = tl.arange(0, BI)
-    row = _first_rows(windows, sample + i, i < features, CT)
-    for start in range(0, features, BI):
-        i = start + tl.arange(0, BI)
-        ahead = _first_rows(windows, sample + BI + i, BI + i < features, CT)  # on its way while rows are added
-        acc = _add_rows(
-            acc, row, windows, weight, base, i, sample + i, i < features, o, o < outputs, plane, outputs, one_feature,
-            ORDER, CT, BASE,
-        )  # fmt: skip
-        row = ahead
-    tl.store(y + b * outputs + o, tl.sum(acc, axis=0).to(y.dtype.element_ty), mask=o < outputs)
-
-
-@triton.jit
-def _dot(
-    pid, x, grad, weight, base, dots, windows,
-    samples, features, outputs, size, lo, hi, inv_h,
-    ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, BASE: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
-):  # fmt: skip
-    """dots[b, i] for one sample and BI features."""
-    parts = tl.cdiv(features, BI)
-    b = (pid // parts).to(tl.int64)
-    i = (pid % parts) * BI + tl.arange(0, BI)
-    here = i < features
-    at = b * features + i
-    plane = tl.cast(features, tl.int64) * samples
-    _leave_windows(x, x, windows, at, here, plane, size, lo, hi, inv_h, ORDER, D, CT, False, BASE)
-    tl.debug_barrier()
-    o = tl.arange(0, BO)
-    g = tl.load(grad + b * outputs + o, mask=o < outputs, other=0.0).to(CT)
-    mix = _add_rows(
-        tl.zeros((BI, BO), CT), _first_rows(windows, at, here, CT), windows, weight, base, i, at, here, o, o < outputs,
-        plane, outputs, (size + ORDER) * outputs, ORDER, CT, BASE,
-    )  # fmt: skip
-    tl.store(dots + at, tl.sum(mix * g[None, :], axis=1).to(dots.dtype.element_ty), mask=here)
+from layers.flash.triton_windows import add, dot
 
 
 @triton.jit
@@ -162,7 +63,7 @@ def rows_kernel(
     BASE: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr,
     BO: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """A coarse grid: ``bases`` programs of ``_base``, then BM of all I * R rows each, then ``_dot``."""
+    """A coarse grid: ``bases`` programs of ``_base``, then BM of all I * R rows each, then ``dot``."""
     pid = tl.program_id(0)
     outputs = units * UNIT
     lo, hi, inv_h = tl.full([], lo, CT), tl.full([], hi, CT), tl.full([], inv_h, CT)
@@ -189,8 +90,10 @@ def rows_kernel(
         to = row.to(tl.int64)[:, None] * outputs + o[None, :]
         tl.store(gradient + to, acc.to(gradient.dtype.element_ty), mask=ok[:, None] & (o < outputs)[None, :])
     elif DOT_D >= 0:
-        _dot(
-            pid - bases - row_programs, x, grad, weight, base, dots, windows,
+        pid -= bases + row_programs
+        blocks = tl.cdiv(features, BI)
+        dot(
+            pid // blocks, pid % blocks, x, grad, weight, base, dots, windows,
             samples, features, outputs, size, lo, hi, inv_h, ORDER, DOT_D, CT, BASE, BI, BO,
         )  # fmt: skip
 
@@ -296,7 +199,9 @@ def _column(
         first, end, one = next_first, next_end, next_one
         xv, factor, g = _fetch(one, first + s < end, x, scale, grad, i, o, features, outputs, SCALED, BITS)
         to = gradient + tile * BM * outputs + (r[:, None] * outputs + o[None, :])
-        tl.store(to, acc.to(gradient.dtype.element_ty), mask=(row < rows)[:, None] & (o < outputs)[None, :])
+        mask = (row < rows)[:, None] & (o < outputs)[None, :]
+        # Nobody reads it here: it leaves the cache before the weights do.
+        tl.store(to, acc.to(gradient.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["samples", "features", "size", "tiles", "groups", "columns", "bases"])
@@ -309,7 +214,7 @@ def columns_kernel(
     BO: tl.constexpr, SORT: tl.constexpr, NB: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
     BASE_BM: tl.constexpr, BASE_BS: tl.constexpr,
 ):  # fmt: skip
-    """A fine grid: ``columns`` programs of ``_column``, then ``bases`` of ``_base``, then those of ``_dot``."""
+    """A fine grid: ``columns`` programs of ``_column``, then ``bases`` of ``_base``, then those of ``dot``."""
     pid = tl.program_id(0)
     outputs = units * UNIT
     lo, hi, inv_h = tl.full([], lo, CT), tl.full([], hi, CT), tl.full([], inv_h, CT)
@@ -324,7 +229,47 @@ def columns_kernel(
             SCATTER_D, SCALED, PRECISION, BASE_BM, BASE_BS, BN,
         )  # fmt: skip
     elif DOT_D >= 0:
-        _dot(
-            pid - columns - bases, x, grad, weight, base, dots, windows,
+        pid -= columns + bases
+        blocks = tl.cdiv(features, BI)
+        dot(
+            pid // blocks, pid % blocks, x, grad, weight, base, dots, windows,
             samples, features, outputs, size, lo, hi, inv_h, ORDER, DOT_D, CT, BASE, BI, BO,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["samples", "features", "size", "bases"])
+def adds_kernel(
+    x, scale, grad, weight, base, windows, dots, gradient, base_gradient,
+    samples, features, units, size, bases,
+    lo: "fp64", hi: "fp64", inv_h: "fp64",
+    ORDER: tl.constexpr, DOT_D: tl.constexpr, SCATTER_D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr,
+    BASE: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr,
+    BO: tl.constexpr, BASE_BM: tl.constexpr, BASE_BS: tl.constexpr,
+):  # fmt: skip
+    """A very fine grid: ``bases`` programs of ``_base``, then for each sample and block of features ``add`` and ``dot``.
+
+    ``gradient`` begins as 0. What was set to 0 last is the first to be met, while it lies in the cache, and then all
+    samples meet the same features one after the other.
+    """
+    pid = tl.program_id(0)
+    outputs = units * UNIT
+    lo, hi, inv_h = tl.full([], lo, CT), tl.full([], hi, CT), tl.full([], inv_h, CT)
+    if BASE and pid < bases:
+        _base(
+            pid, x, scale, grad, base_gradient, samples, features, outputs,
+            SCATTER_D, SCALED, PRECISION, BASE_BM, BASE_BS, BN,
+        )  # fmt: skip
+    else:
+        pid -= bases
+        b = pid % samples
+        block = tl.cdiv(features, BI) - 1 - pid // samples
+        add(
+            b, block, x, scale, grad, gradient, windows,
+            samples, features, outputs, size, lo, hi, inv_h, ORDER, SCATTER_D, CT, SCALED, BI, BO,
+        )  # fmt: skip
+        if DOT_D >= 0:
+            tl.debug_barrier()  # its windows take the places of the others
+            dot(
+                b, block, x, grad, weight, base, dots, windows,
+                samples, features, outputs, size, lo, hi, inv_h, ORDER, DOT_D, CT, BASE, BI, BO,
+            )  # fmt: skip
