@@ -10,22 +10,34 @@ from tests import ROOT
 from tests.test_operator import no_cuda
 
 
-def test_the_kernels_agree_with_float64():
+def said_by(*commands: tuple[str, ...], **variables: str) -> tuple[str, ...]:
+    """What modules print that run side by side, each in a process of its own."""
     pytest.importorskip("triton", reason="Triton comes with torch on Linux")
     runs = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.interpreted", str(half), "2"],
+            [sys.executable, "-m", *command],
             cwd=ROOT,
-            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for half in range(2)
+        for command in commands
     ]
     said, complaints = zip(*[run.communicate() for run in runs], strict=True)
     assert not any(run.returncode for run in runs), "".join(complaints)[-2000:]
-    assert sum(int(text.split(" cases agree")[0]) for text in said) == 138
+    return said
+
+
+def test_the_kernels_agree_with_float64():
+    said = said_by(*[("tests.interpreted", str(half), "2") for half in range(2)], TRITON_INTERPRET="1")
+    assert sum(int(text.split(" cases agree")[0]) for text in said) == 120
+
+
+def test_the_kernels_compile(tmp_path):
+    """With the Triton that is installed, for the GPU where all was measured and for the oldest one."""
+    old, new = said_by(("tests.compiled", "75"), ("tests.compiled", "90"), TRITON_CACHE_DIR=str(tmp_path))
+    assert old.endswith("of 13 kernels compiled\n") and new.endswith("of 16 kernels compiled\n"), old + new
 
 
 @pytest.mark.gpu

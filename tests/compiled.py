@@ -1,0 +1,86 @@
+"""Compiles the GPU kernels for a GPU that need not be there: ``python -m tests.compiled 75 80 90`` (compute capabilities).
+
+Triton brings its assembler with it. The launches are those that small calls make; nothing runs. For tests, and to see what
+a new version of Triton makes of the kernels.
+"""
+
+import sys
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from layers.flash import gpu, gpu_dense, gpu_parts, triton_adam
+from layers.flash.launch import Launch
+
+CALLS = [  # B, I, O, G, the dtype of the weights, and what they meet
+    (200, 64, 10, 5, torch.float32),  # few outputs, a coarse grid
+    (200, 64, 10, 50, torch.bfloat16),  # a fine one, sorted along
+    (300, 64, 10, 50, torch.float32),  # sorted before
+    (100, 64, 10, 500, torch.float32),  # atomics
+    (256, 64, 64, 20, torch.float32),  # the walk
+    (512, 64, 512, 300, torch.bfloat16),
+]
+
+
+def launches(parts: bool) -> Iterator[tuple[Launch, tuple]]:
+    """Every launch of these calls, forward and backward, with its tensors; with ``parts``, of the dense route's, too."""
+    made = []
+
+    def note(launch, *tensors, numbers=None):
+        made.append((launch, tensors, launch.numbers if numbers is None else numbers))
+
+    ends = 3, -1.0, 1.0
+    with mock.patch.object(Launch, "__call__", note):
+        for samples, features, outputs, size, dtype in CALLS:
+            x, grad = torch.zeros(samples, features), torch.zeros(samples, outputs)
+            weight, base = (torch.zeros(*s, dtype=dtype) for s in ((features, size + 3, outputs), (features, outputs)))
+            gpu.apply(x, weight, base, None, *ends, 0)
+            gpu.adjoint(grad, x, weight, base, None, *ends, 1, 0)
+        x, grad, weight, base = torch.zeros(256, 32), torch.zeros(256, 96), torch.zeros(32, 8, 96), torch.zeros(32, 96)
+        gpu_dense.basis(x, weight, base, None, *ends, 0)
+        gpu_dense.contract(x, torch.zeros(256, 32 * 8), None, weight, *ends, 1)
+        if parts:
+            gpu_dense.apply_in_parts(x, weight, base, None, *ends, 0)
+            gpu_dense.adjoint_in_parts(grad, x, weight, base, None, *ends, 1, 0)
+        one = torch.zeros(8, 33)
+        triton_adam.update(one, one, one, one, torch.zeros((), dtype=torch.float64), 0.1, (0.9, 0.999), 1e-8)
+    seen = set()
+    for launch, tensors, numbers in made:
+        kind = (launch.kernel.fn.__name__, *launch.constants.values(), *[t.dtype for t in tensors])
+        if kind not in seen:
+            seen.add(kind)
+            yield launch, tensors, numbers
+
+
+def compile_for(launch: Launch, tensors: tuple, numbers: tuple, capability: int):
+    """What ``launch.kernel[...]`` would compile on a GPU of this compute capability, 90 for 9.0."""
+    kernel, signature, constants, hints = launch.kernel, {}, {}, {}
+    values = (*tensors, *numbers, *launch.constants.values())
+    for place, (parameter, value) in enumerate(zip(kernel.params, values, strict=True)):
+        kind, divisible = parameter.annotation, isinstance(value, torch.Tensor)
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
+            kind, constants[(place,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            kind = triton.runtime.jit.mangle_type(value)
+        elif isinstance(value, int):
+            kind, divisible = "i32", value % 16 == 0 and not parameter.do_not_specialize
+        signature[parameter.name] = kind or "fp32"
+        if divisible:
+            hints[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+
+
+def main(*capabilities: int) -> None:
+    for capability in capabilities:
+        kernels = [compile_for(*made, capability) for made in launches(divmod(capability, 10) in gpu_parts.FASTER)]
+        names = {kernel.name for kernel in kernels}
+        print(f"{capability}: {len(kernels)} programs of {len(names)} kernels compiled")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
