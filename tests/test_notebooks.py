@@ -10,7 +10,7 @@ import warnings
 import nbformat.v4 as v4
 import pytest
 
-from tests import committed, execute, links, snapshot
+from tests import ROOT, committed, execute, links, snapshot
 from tests import notebook_rules as rules
 from tests.notebook_rules import code_cells, read
 
@@ -70,10 +70,15 @@ def published(tmp_path_factory):
 
 @every_notebook
 def test_runs_in_an_empty_folder(path, tmp_path, published, monkeypatch):
-    """Each runs to its end there, from a clone of this tree, without MNIST beside it."""
+    """From a clone of this tree each finds what it imports.
+
+    The chapter that trains runs to its end, for there is no MNIST; unless there is none here either, and nbmake did that.
+    """
     notebook = read(path)
-    setup = code_cells(notebook)[0]
-    assert setup.source == links.SETUP.replace("{address}", links.public_address(), 1), "run python -m tests.links"
+    cells = code_cells(notebook)
+    assert cells[0].source == links.SETUP.replace("{address}", links.public_address(), 1), "run python -m tests.links"
+    if path.name[:2] != "04" or not (ROOT / "data" / "MNIST").is_dir():
+        notebook.cells = cells[:2]
     notebook.cells.append(v4.new_code_cell("import layers, data\nprint(layers.__file__)\nprint(data.__file__)"))
     monkeypatch.setenv("FLASHKAN_REPO", published)
     execute.run(notebook, tmp_path)
