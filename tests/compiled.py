@@ -26,8 +26,8 @@ CALLS = [  # B, I, O, G, the dtype of the weights, and what they meet
 ]
 
 
-def launches(parts: bool) -> Iterator[tuple[Launch, tuple]]:
-    """Every launch of these calls, forward and backward, with its tensors; with ``parts``, of the dense route's, too."""
+def launches(parts: bool) -> Iterator[tuple[Launch, tuple, tuple]]:
+    """Every launch of these calls, forward and backward, its tensors and numbers; with ``parts``, those of the dense route, too."""
     made = []
 
     def note(launch, *tensors, numbers=None):

@@ -67,8 +67,8 @@ def column_shape(samples: int, features: int, rows: int, processors: int) -> tup
 def adds(samples: int, rows: int, outputs: int, weight_dtype: torch.dtype) -> bool:
     """Whether the gradient of the weights is made by atomics.
 
-    Measured as fast or faster where rows are many, samples few among them, and outputs few, however samples lie; with more
-    samples only where they do not gather in one cell.
+    Where rows are many, samples few among them, and outputs few, this was measured to take up to 40 % less time, and 4 %
+    more at worst, however samples lie; with more samples it takes less only where they do not gather in one cell.
     """
     faster = rows > ADD_ROWS and rows >= 2 * samples and outputs <= ADD_OUTPUTS
     return faster and weight_dtype == torch.float32 and not torch.are_deterministic_algorithms_enabled()
