@@ -174,7 +174,7 @@ def main(part: int = 0, parts: int = 1) -> None:
         change(setting)
         tried = [(torch.float32, way) for way in ways]
         if not any(module is gpu_few for module, _, _ in setting):  # its backward kernels are for float32
-            tried += [(torch.float64, way) for way in ways[:2]]
+            tried += [(torch.float64, way) for way in ways]
         for case, (dtype, (scaled, d)) in itertools.product(cases, tried):
             if next(number) % parts != part:
                 continue

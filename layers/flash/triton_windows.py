@@ -88,21 +88,35 @@ def few_kernel(
 
 
 @triton.jit
+def _block(
+    b, block, x, scale, grad, windows, samples, features, outputs, size, lo, hi, inv_h,
+    ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, BASE: tl.constexpr,
+    BI: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """Leaves the windows of one sample and a block of BI features; their features and places, and ``grad``."""
+    b = b.to(tl.int64)
+    i = block * BI + tl.arange(0, BI)
+    here = i < features
+    at = b * features + i
+    plane = tl.cast(features, tl.int64) * samples
+    _leave_windows(x, scale, windows, at, here, plane, size, lo, hi, inv_h, ORDER, D, CT, SCALED, BASE)
+    tl.debug_barrier()
+    o = tl.arange(0, BO)
+    g = tl.load(grad + b * outputs + o, mask=o < outputs, other=0.0).to(CT)
+    return i, here, at, plane, o, g
+
+
+@triton.jit
 def dot(
     b, block, x, grad, weight, base, dots, windows,
     samples, features, outputs, size, lo, hi, inv_h,
     ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, BASE: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """dots[b, i] for one sample and a block of BI features."""
-    b = b.to(tl.int64)
-    i = block * BI + tl.arange(0, BI)
-    here = i < features
-    at = b * features + i
-    plane = tl.cast(features, tl.int64) * samples
-    _leave_windows(x, x, windows, at, here, plane, size, lo, hi, inv_h, ORDER, D, CT, False, BASE)
-    tl.debug_barrier()
-    o = tl.arange(0, BO)
-    g = tl.load(grad + b * outputs + o, mask=o < outputs, other=0.0).to(CT)
+    i, here, at, plane, o, g = _block(
+        b, block, x, x, grad, windows, samples, features, outputs, size, lo, hi, inv_h,
+        ORDER, D, CT, False, BASE, BI, BO,
+    )  # fmt: skip
     mix = _add_rows(
         tl.zeros((BI, BO), CT), _first_rows(windows, at, here, CT), windows, weight, base, i, at, here, o, o < outputs,
         plane, outputs, (size + ORDER) * outputs, ORDER, CT, BASE,
@@ -117,15 +131,10 @@ def add(
     ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """Adds to the rows of ``gradient`` what one sample gives to those inside the windows of a block of BI features."""
-    b = b.to(tl.int64)
-    i = block * BI + tl.arange(0, BI)
-    here = i < features
-    at = b * features + i
-    plane = tl.cast(features, tl.int64) * samples
-    _leave_windows(x, scale, windows, at, here, plane, size, lo, hi, inv_h, ORDER, D, CT, SCALED, False)
-    tl.debug_barrier()
-    o = tl.arange(0, BO)
-    g = tl.load(grad + b * outputs + o, mask=o < outputs, other=0.0).to(CT)
+    i, here, at, plane, o, g = _block(
+        b, block, x, scale, grad, windows, samples, features, outputs, size, lo, hi, inv_h,
+        ORDER, D, CT, SCALED, False, BI, BO,
+    )  # fmt: skip
     rows = gradient + i.to(tl.int64) * (size + ORDER) * outputs + _first_rows(windows, at, here, CT) * outputs
     rows = rows[:, None] + o[None, :]
     mask = (o < outputs)[None, :] & here[:, None]
