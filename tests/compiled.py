@@ -42,6 +42,8 @@ def launches(parts: bool) -> Iterator[tuple[Launch, tuple, tuple]]:
             gpu.adjoint(grad, x, weight, base, None, *ends, 1, 0)
         x, grad, weight, base = torch.zeros(256, 32), torch.zeros(256, 96), torch.zeros(32, 8, 96), torch.zeros(32, 96)
         gpu_dense.basis(x, weight, base, None, *ends, 0)
+        for size, dtype in ((21, torch.float16), (120, torch.bfloat16)):
+            gpu_dense.basis(x, torch.zeros(32, size + 3, 96, dtype=dtype), base.to(dtype), None, *ends, 0)
         gpu_dense.contract(x, torch.zeros(256, 32 * 8), None, weight, *ends, 1)
         if parts:
             gpu_dense.apply_in_parts(x, weight, base, None, *ends, 0)

@@ -34,6 +34,15 @@ DENSE_CASES = [  # the same, and an order of differentiation
     ((65, 16, 144, 5, 2), 0),
     ((9, 5, 20, 40, 3), 1),
 ]
+PACKED_CASES = [  # I, G, k, with a scale, order of differentiation
+    (8, 9, 3, False, 0),
+    (24, 70, 3, True, 1),
+    (16, 20, 2, False, 2),
+    (40, 12, 1, True, 0),
+    (16, 13, 0, False, 0),
+    (272, 21, 3, False, 0),  # several programs
+    (136, 62, 3, True, 0),
+]
 SETTINGS = [  # numbers that decide which kernel runs: with other ones small cases meet every kernel
     ([], CASES, WAYS),
     ([(gpu_walk, "AT_ONCE", 8)], SOME, WAYS[:1]),  # keys sorted by torch
@@ -88,6 +97,24 @@ def dense_errors(case: tuple, d: int) -> tuple[float, ...]:
         errors += [relative(a, e) for a, e in zip(got, needed, strict=True) if e.numel() > 0]
         exact[2] = base.double()
     return tuple(errors)
+
+
+def packed_error(features: int, size: int, order: int, scaled: bool, d: int) -> float:
+    """Of all basis values in float16, made by shifting windows, and of SiLU's; relative to the largest in exact numbers."""
+    torch.manual_seed(features)
+    x = torch.randn(3, features) * 1.2
+    x[0, :6] = torch.tensor([-1.0, 1.0, -1.3, 1.3, 9.0, torch.inf])
+    weight, base = torch.empty(features, size + order, 1, dtype=torch.float16), torch.empty(features, 1)
+    scale = torch.rand(3, features) if scaled else None
+    values, acts = gpu_dense.basis(x, weight, base, scale, order, -1.0, 1.0, d)
+    exact, factor = x.double(), 1.0 if scale is None else scale.double()
+    wanted = dense_basis(exact, size, order, (-1.0, 1.0), derivative=d) * (scale.unsqueeze(-1) if scaled else 1)
+    got = values.double().view_as(wanted)
+    assert got.ne(0).sum(-1).le(order + 1).all(), "a window holds k + 1 values"
+    here = x.isfinite()
+    silu = reference.silu(exact, d) * factor
+    pairs = (got, wanted), (acts.double()[here], silu[here])
+    return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-9)).item() for a, b in pairs)
 
 
 def error_of_all_sizes(device: str = "cpu") -> float:
@@ -169,6 +196,10 @@ def main(part: int = 0, parts: int = 1) -> None:
             assert error_of_all_sizes() < 2e-5, (pieces, together)
     if next(number) % parts == part:
         assert adam_error() < 1e-6
+    for case in PACKED_CASES:
+        if next(number) % parts == part:
+            assert packed_error(*case) < 1e-3, case
+            checked += 1
     for setting, cases, ways in SETTINGS:
         before = [(module, name, getattr(module, name)) for module, name, _ in setting]
         change(setting)

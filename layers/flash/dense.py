@@ -41,6 +41,14 @@ def _basis(x, weight, base, scale, order, lo, hi, d) -> tuple[Tensor, Tensor | N
     return basis.flatten(1).to(weight.dtype), None if act is None else act.to(base.dtype)
 
 
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype, more: Tensor | None = None) -> Tensor:
+    """``a @ b``, added to ``more``. On a GPU sums in float32 stay so if that is the ``dtype`` asked for; else as ``a``."""
+    narrow = a.dtype in (torch.float16, torch.bfloat16)
+    if narrow and dtype == torch.float32 and a.is_cuda and not torch.version.hip:
+        return torch.mm(a, b, out_dtype=dtype) if more is None else torch.addmm(more, a, b, out_dtype=dtype)
+    return a @ b if more is None else more.addmm_(a, b)
+
+
 def apply(
     x: Tensor, weight: Tensor, base: Tensor | None, scale: Tensor | None, order: int, lo: float, hi: float, d: int
 ) -> Tensor:
@@ -49,10 +57,9 @@ def apply(
     if _in_parts(x, weight, base):
         return _on_gpu().apply_in_parts(x, weight, base, scale, order, lo, hi, d)
     basis, act = _basis(x, weight, base, scale, order, lo, hi, d)
-    y = basis @ weight.flatten(0, 1)
-    if act is not None:
-        y = y.addmm_(act, base)
-    return y.to(torch.promote_types(x.dtype, weight.dtype))
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    y = _product(basis, weight.flatten(0, 1), dtype)
+    return (y if act is None else _product(act, base, dtype, y)).to(dtype)
 
 
 def adjoint(

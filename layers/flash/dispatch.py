@@ -49,7 +49,7 @@ class Limits(NamedTuple):
 
 
 LIMITS = {
-    "narrow": Limits(28, 2, 110, 63, 92),  # bfloat16 and float16
+    "narrow": Limits(40, 3, 170, 76, 103),  # bfloat16 and float16
     "tf32": Limits(19, 3, 80, 33, 33),
     "parts": Limits(14, 7, 49, 28, 24, 700),  # float32 in two parts, see gpu_parts.py
     "float32": Limits(8, 32, 16, 10, 10),

@@ -6,8 +6,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from layers.flash import gpu_parts, triton_dense
+from layers.flash import gpu_parts, triton_dense, triton_packed
 from layers.flash.launch import Launch, ceil_div, dtypes, on_device_of, remembered
+
+FEWEST_ROWS, MOST_ROWS = 12, 2048  # of features whose windows are shifted: faster from, and exact products up to
+CACHE = 2**26  # bytes of basis values that no cache keeps until they are read
 
 
 def _wide(*kinds: torch.dtype):
@@ -47,6 +50,21 @@ def _basis(
     return Launch(triton_dense.basis_kernel, (programs,), numbers, constants, 4)
 
 
+@remembered
+def _packed(kinds: tuple, shape: tuple, order: int, lo: float, hi: float, d: int) -> Launch | None:
+    """The launch for weights of two bytes, whose windows are shifted; None where ``_basis`` is faster, or alone fits."""
+    (samples, features, rows), (_, x_dtype, weight_dtype, base, scale) = shape, kinds
+    if weight_dtype.itemsize != 2 or order > 3 or features * rows % 8 or not FEWEST_ROWS <= rows <= MOST_ROWS:
+        return None
+    inputs = 256 if rows < 64 else 128
+    constants = {"ORDER": order, "D": d, "CT": _wide(x_dtype, weight_dtype), "SCALED": scale is not None}
+    constants |= {"BASE": base is not None, "INPUTS": inputs}
+    constants |= {"LEAVES": ".cs" if 2 * samples * features * rows > CACHE else ""}
+    size = rows - order
+    numbers = (samples, features, size, ceil_div(2**32, rows), lo, hi, size / (hi - lo))
+    return Launch(triton_packed.packed_kernel, (samples * ceil_div(features, inputs),), numbers, constants, 4)
+
+
 def basis(
     x: Tensor, weight: Tensor, base: Tensor | None, scale: Tensor | None, order: int, lo: float, hi: float, d: int
 ) -> tuple[Tensor, Tensor | None]:
@@ -54,12 +72,14 @@ def basis(
     (samples, features), rows = x.shape, weight.shape[1]
     values = torch.empty(samples, features * rows, dtype=weight.dtype, device=x.device)
     acts = None if base is None else torch.empty(x.shape, dtype=base.dtype, device=x.device)
-    leads = (features * rows, features, 0)
-    kinds, shape = dtypes(x, weight, scale), (samples, features, rows)
-    launch = _basis(kinds, shape, order, float(lo), float(hi), d, leads, base is not None)
+    shape, grid = (samples, features, rows), (order, float(lo), float(hi), d)
+    scaling, to = x if scale is None else scale.contiguous(), values if acts is None else acts
     with on_device_of(x):
-        scale = x if scale is None else scale.contiguous()
-        launch(x, scale, x, values, values if acts is None else acts, x, x, x, x)
+        if launch := _packed(dtypes(x, weight, base, scale), shape, *grid):
+            launch(x, scaling, values, to, x.new_empty(3 * x.numel(), dtype=torch.int32))
+        else:
+            launch = _basis(dtypes(x, weight, scale), shape, *grid, (features * rows, features, 0), base is not None)
+            launch(x, scaling, x, values, to, x, x, x, x)
     return values, acts
 
 
@@ -132,9 +152,9 @@ def _contract(
 ) -> Launch:
     (samples, features, rows), (_, x_dtype, weight_dtype) = shape, kinds
     constants = {"ORDER": order, "D": d, "CT": _wide(x_dtype, weight_dtype), "BASE": through_base}
-    constants |= {"OFFSET": _offset(samples * features), "BN": 256}
+    constants |= {"OFFSET": _offset(samples * features), "BN": 128}
     numbers = (samples * features, features, rows - order, *leads, lo, hi, (rows - order) / (hi - lo))
-    return Launch(triton_dense.contract_kernel, (ceil_div(samples * features, 256),), numbers, constants, 4)
+    return Launch(triton_dense.contract_kernel, (ceil_div(samples * features, 128),), numbers, constants, 4)
 
 
 def contract(x: Tensor, products: Tensor, through_base: Tensor | None, weight: Tensor, order, lo, hi, d) -> Tensor:
