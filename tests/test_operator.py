@@ -224,6 +224,7 @@ SIZE_CASES = (
     Case(1023, 3, 3, 100, second=True),
     Case(63, 16, 48, 5, second=True),  # sizes of which 16 is a divisor: products in parts on some GPUs
     Case(256, 64, 128, 5),
+    Case(130, 90, 70, 5, second=True),  # not of these, padded
 )
 ORDER_CASES = tuple(Case(order=k, second=k == 3, grid_range=(0, 1)) for k in range(6))
 PLACE_CASES = (
@@ -255,12 +256,16 @@ def test_values_and_gradients(case, route, device):
     verify(on(route), case, device)
 
 
-@pytest.mark.parametrize("case", (Case(63, 17, 63, 5), Case(63, 17, 63, 100), Case(300, 64, 64, 5)), ids=str)
+@pytest.mark.parametrize(
+    "case", (Case(63, 17, 63, 5), Case(63, 17, 63, 100), Case(300, 64, 64, 5), Case(300, 90, 70, 5)), ids=str
+)
 def test_the_automatic_route(case, device):
     verify(flash_kan, case, device)
 
 
-@pytest.mark.parametrize("case", (Case(3, 17, 63, 50, second=True), Case(strided=True, second=True), Case(0)), ids=str)
+@pytest.mark.parametrize(
+    "case", (Case(3, 17, 63, 50, second=True), Case(130, 90, 70, 5), Case(strided=True, second=True), Case(0)), ids=str
+)
 def test_output_buffers_hold_rubbish_before(case, route, device):
     """Memory freed full of NaN comes back to whoever asks for the same size next: every number must be written."""
     sizes = {case.batch, case.features, case.outputs, case.features * (case.grid_size + case.order)}

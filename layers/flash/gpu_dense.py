@@ -33,19 +33,20 @@ def _basis(
     leads: tuple,
     base: bool,
     by: str | None = None,
-    matrix: tuple = (0, 0, 0),
+    matrix: tuple = (0,) * 6,
 ) -> Launch:
     (samples, features, rows), (_, x_dtype, weight_dtype, scale) = shape, kinds
+    wide = gpu_parts.padded(features) if by else features
     constants = {"ORDER": order, "D": d, "CT": _wide(x_dtype, weight_dtype)}
     constants |= {"SCALED": scale is not None, "PARTS": by is not None, "BY_SAMPLE": by == "sample"}
     narrow = weight_dtype.itemsize == 2
     unit = next(n for n in (8 if by or narrow else 4, 4, 2, 1) if n <= rows)  # 16 bytes
     tile = {"BB": 8 if narrow else 4, "BC": 256}
-    constants |= {"OFFSET": _offset(features * rows), "UNIT": unit} | tile
-    blocks, act_blocks = ceil_div(features * rows, tile["BC"]), ceil_div(features, tile["BC"]) if base else 0
+    constants |= {"OFFSET": _offset(wide * rows), "UNIT": unit, "PADDED": wide > features} | tile
+    blocks, act_blocks = ceil_div(wide * rows, tile["BC"]), ceil_div(wide, tile["BC"]) if base else 0
     programs = ceil_div(samples, tile["BB"]) * (blocks + act_blocks)
-    programs += ceil_div(matrix[1], 4) * ceil_div(matrix[2], 256)
-    numbers = (samples, features, features * rows, rows - order, blocks, act_blocks, *leads, *matrix)
+    programs += ceil_div(matrix[-2], 4) * ceil_div(matrix[-1], 256)
+    numbers = (samples, features, wide * rows, rows - order, blocks, act_blocks, *leads, *matrix)
     numbers += (lo, hi, (rows - order) / (hi - lo))
     return Launch(triton_dense.basis_kernel, (programs,), numbers, constants, 4)
 
@@ -129,16 +130,19 @@ def factors(
     are multiplied by, scaled by columns.
 
     That is the weights, with those of the base under them, and the values are scaled by samples, (2, B, I * R + I); or it
-    is ``grad``, and the values are the transpose, scaled by features.
+    is ``grad``, and the values are the transpose, scaled by features. ``I`` and the columns are padded with zeros.
     """
     (samples, features), rows, has_base = x.shape, weight.shape[1], base is not None
     by, above, below = ("sample", weight.flatten(0, 1), base) if grad is None else ("feature", grad, None)
-    (upper, across), columns = above.shape, features * rows
+    (upper, outputs), wide = above.shape, gpu_parts.padded(features)
+    columns, lead = wide * rows, wide * (rows + has_base)
     largest = measure(above, below, x, scale, _bound(weight, order, lo, hi, d), d, has_base, by)
-    values = gpu_parts.empty(samples, columns + (features if has_base else 0), x.device)
-    matrix = gpu_parts.empty(upper + (0 if below is None else below.shape[0]), across, x.device)
+    values = gpu_parts.empty(samples, lead, x.device)
+    at_below, height = (columns, lead) if grad is None else (upper, upper)
+    matrix = gpu_parts.empty(height, gpu_parts.padded(outputs), x.device)
     kinds, shape = dtypes(x, weight, scale), (samples, features, rows)
-    leads, size = (values.shape[2], values.shape[2], values.stride(0)), (upper, *matrix.shape[1:])
+    end_below = at_below if below is None else at_below + features
+    leads, size = (lead, lead, values.stride(0)), (upper, at_below, end_below, outputs, *matrix.shape[1:])
     launch = _basis(kinds, shape, order, float(lo), float(hi), d, leads, has_base, by, size)
     scale, acts = x if scale is None else scale, values[:, :, columns:] if has_base else values
     launch(x, scale, largest[1], values, acts, above, above if below is None else below, matrix, largest[0])
@@ -175,7 +179,7 @@ def apply_in_parts(
     """``y`` (B, O); see ``layers/flash/reference.py``."""
     weight, base, scale = (None if t is None else t.contiguous() for t in (weight, base, scale))
     with on_device_of(x):
-        return gpu_parts.products(*factors(x, weight, base, scale, order, lo, hi, d, None))[0]
+        return gpu_parts.products(*factors(x, weight, base, scale, order, lo, hi, d, None), columns=weight.shape[2])[0]
 
 
 def adjoint_in_parts(
@@ -193,8 +197,8 @@ def adjoint_in_parts(
     """``dot`` and ``scatter``; see ``layers/flash/reference.py``. An order of -1 leaves a result out (empty)."""
     grad, weight, base, scale = (None if t is None else t.contiguous() for t in (grad, weight, base, scale))
     (samples, features), (_, rows, outputs) = x.shape, weight.shape
-    columns = features * rows
-    wide = columns + (0 if base is None else features)
+    wide, has_base = gpu_parts.padded(features), base is not None
+    columns = wide * rows
     p = v = b = pair = products = None
 
     def dot(products: Tensor) -> Tensor:
@@ -203,13 +207,15 @@ def adjoint_in_parts(
 
     with on_device_of(x):
         if dot_d >= 0:
-            pair = gpu_parts.split_rows(grad, weight.flatten(0, 1), base)
-            sizes = (wide, outputs, samples), (samples, wide, outputs)
+            pair = gpu_parts.split_rows(grad, weight.flatten(0, 1), base, columns)
+            lead, across = wide * (rows + has_base), gpu_parts.padded(outputs)
+            sizes = (lead, across, samples), (samples, lead, across)
             if scatter_d < 0 or not gpu_parts.side_by_side(*sizes, x.device):
                 p, pair = dot(gpu_parts.products(*pair)[0]), None
         if scatter_d >= 0:
             values, right = factors(x, weight, base, scale, order, lo, hi, scatter_d, grad)
-            v, b, products = gpu_parts.products(values, right, columns, rows, pair)
+            below = (columns, features if has_base else 0)
+            v, b, products = gpu_parts.products(values, right, outputs, features * rows, rows, below, pair)
             v = v.view(weight.shape)
         if products is not None:
             p = dot(products)

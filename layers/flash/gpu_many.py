@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from layers.flash import triton_many
-from layers.flash.launch import Launch, ceil_div, dtypes, multiprocessors, power_of_2, remembered
+from layers.flash.launch import Launch, ceil_div, dtypes, multiprocessors, power_of_2, remembered, unit
 from layers.flash.reference import compute_dtype
 
 
@@ -50,9 +50,11 @@ def _forward(
     prepare = Launch(triton_many.prepare_kernel, grid, numbers, constants, 4)
     narrow = weight_dtype.itemsize == 2
     bb, bo, warps, split = many_tile(samples, features, rows, outputs, narrow, processors)
-    constants = {"ORDER": order, "CT": wide, "BASE": base is not None, "WHOLE": outputs % bo == 0, "BB": bb, "BO": bo}
+    step = unit(outputs, 16)
+    constants = {"ORDER": order, "CT": wide, "BASE": base is not None, "UNIT": step, "WHOLE": outputs % bo == 0}
+    constants |= {"BB": bb, "BO": bo}
     grid = (ceil_div(samples, bb), ceil_div(outputs, bo), split)
-    numbers = (samples, features, outputs, rows - order, ceil_div(features, split))
+    numbers = (samples, features, outputs // step, rows - order, ceil_div(features, split))
     return prepare, Launch(triton_many.many_kernel, grid, numbers, constants, warps), split
 
 

@@ -17,6 +17,7 @@ STAGES = 3  # loads in flight
 # A100 and H100, whose tensor cores are 16 times as fast in float16 as other units in float32. Not measured on others.
 FASTER = {(8, 0), (9, 0)}
 WIDTH = 16  # columns that divide those of every matrix, so that all loads are 16 bytes wide
+WASTE = 1.3  # how much more work features and outputs that are not multiples of it may make
 
 
 class Parts(NamedTuple):
@@ -35,10 +36,17 @@ def _faster(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) in FASTER
 
 
+def padded(n: int) -> int:
+    """The next multiple of WIDTH."""
+    return ceil_div(n, WIDTH) * WIDTH
+
+
 def multiplies(x: Tensor, weight: Tensor) -> bool:
     """Whether the products of a layer on a GPU go here: in float32, and not in TF32 anyway; sizes that suit."""
     features, _, outputs = weight.shape
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or features % WIDTH or outputs % WIDTH:
+    if x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return False
+    if padded(features) * padded(outputs) > WASTE * features * outputs:
         return False
     return not tf32_allowed() and _faster(x.device)
 
@@ -49,23 +57,28 @@ def empty(rows: int, columns: int, device: torch.device) -> Tensor:
 
 
 @remembered
-def _split_rows(kinds: tuple, first: int, second: int, rows: int, columns: int) -> Launch:
-    across = max(16, power_of_2(columns))
-    block = max(1, 1024 // across)
-    numbers = (first, second, rows, columns)
-    warps = min(max(across // 1024, 4), 16)
-    return Launch(triton_parts.split_rows_kernel, (ceil_div(rows, block),), numbers, {"BR": block, "BC": across}, warps)
+def _split_rows(kinds: tuple, bounds: tuple, columns: int, rows: int, across: int) -> Launch:
+    block_columns = max(16, power_of_2(across))
+    block = max(1, 1024 // block_columns)
+    numbers, constants = (*bounds, columns, rows, across), {"BR": block, "BC": block_columns}
+    warps = min(max(block_columns // 1024, 4), 16)
+    return Launch(triton_parts.split_rows_kernel, (ceil_div(rows, block),), numbers, constants, warps)
 
 
-def split_rows(left: Tensor, above: Tensor, below: Tensor | None) -> tuple[Parts, Parts]:
-    """A contiguous matrix in parts, and the transpose of one or of two with one under the other: ready for a product."""
-    (first, columns), second = left.shape, left.shape[0] + above.shape[0]
-    rows = second + (0 if below is None else below.shape[0])
-    numbers = empty(rows, columns, left.device)
+def split_rows(left: Tensor, above: Tensor, below: Tensor | None, tall: int) -> tuple[Parts, Parts]:
+    """A contiguous matrix in parts, and the transpose of one or of two with one under the other: ready for a product.
+
+    The second of the two begins in row ``tall``; what is free before and behind it, up to a multiple of 16, holds zeros.
+    """
+    (end, columns), at_two = left.shape, left.shape[0]
+    at_three, more = at_two + tall, 0 if below is None else below.shape[0]
+    rows, across = at_three + padded(more), padded(columns)
+    numbers = empty(rows, across, left.device)
     largest = torch.empty(rows, dtype=torch.int32, device=left.device)
-    launch = _split_rows(dtypes(left), first, second, rows, columns)
+    bounds = (end, at_two, at_two + above.shape[0], at_three, at_three + more)
+    launch = _split_rows(dtypes(left), bounds, columns, rows, across)
     launch(left, above, above if below is None else below, numbers, largest)
-    return Parts(numbers[:, :first], largest[:first]), Parts(numbers[:, first:].transpose(1, 2), largest[first:])
+    return Parts(numbers[:, :end], largest[:end]), Parts(numbers[:, end:].transpose(1, 2), largest[end:])
 
 
 def _width(columns: int) -> int:
@@ -107,7 +120,7 @@ def side_by_side(first: tuple, second: tuple, device: torch.device) -> bool:
 
 
 @remembered
-def _products(device: torch.device, sizes: tuple, planes: tuple, turned: tuple, upper: int, each: int) -> tuple:
+def _products(device: torch.device, sizes: tuple, planes: tuple, turned: tuple, kept: tuple, each: int) -> tuple:
     """The launch of one or two products, and the pieces that are added of each."""
     pieces, steps, whole, programs = [], [], [], []
     for (rows, columns, inner), cut in zip(sizes, pieces_of(sizes, multiprocessors(device))[0], strict=True):
@@ -116,9 +129,10 @@ def _products(device: torch.device, sizes: tuple, planes: tuple, turned: tuple, 
         pieces.append(ceil_div(inner, step))
         whole.append(rows % ROWS == 0 and columns % width == 0 and inner % INNER == 0)
         programs.append(ceil_div(rows, ROWS) * ceil_div(columns, width) * pieces[-1])
-    numbers = (*sizes[0], *planes[:2], upper, each, steps[0], programs[0])
+    upper, at_below, below, columns = kept
+    numbers = (*sizes[0], *planes[:2], upper, at_below, at_below + below, columns, each, steps[0], programs[0])
     numbers += (*sizes[-1], *planes[-2:], steps[-1], 1.0)
-    constants = {"TURN_A": turned[0], "TURN_B": turned[1], "WHOLE": whole[0], "BELOW": upper < sizes[0][0], "BM": ROWS}
+    constants = {"TURN_A": turned[0], "TURN_B": turned[1], "WHOLE": whole[0], "BELOW": below > 0, "BM": ROWS}
     constants |= {"BN": _width(sizes[0][1]), "SECOND": len(sizes) > 1, "TURN_C": turned[-2], "TURN_D": turned[-1]}
     constants |= {"WHOLE2": whole[-1], "BN2": _width(sizes[-1][1]), "BK": INNER, "STAGES": STAGES}
     launch = Launch(triton_parts.products_kernel, (sum(programs),), numbers, constants, 4, STAGES, REGISTERS)
@@ -126,23 +140,30 @@ def _products(device: torch.device, sizes: tuple, planes: tuple, turned: tuple, 
 
 
 def products(
-    a: Parts, b: Parts, upper: int | None = None, each: int = 1, others: tuple[Parts, Parts] | None = None
+    a: Parts,
+    b: Parts,
+    columns: int | None = None,
+    upper: int | None = None,
+    each: int = 1,
+    below: tuple[int, int] = (0, 0),
+    others: tuple[Parts, Parts] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The product of two matrices in parts, (2, M, K) and (2, K, N), in float32: its first ``upper`` rows, by default all,
-    the others; and that of two ``others``, side by side with it.
+    """The product of two matrices in parts, (2, M, K) and (2, K, N), in float32: its first ``upper`` rows, by default all;
+    the rows from ``below[0]`` on, ``below[1]`` of them; and the product of two ``others``, side by side with it.
 
-    ``each`` of the first rows of ``a`` were scaled together. Every matrix is stored by rows or by columns.
+    Of the first product the first ``columns``, by default all, are kept. ``each`` of the first rows of ``a`` were scaled
+    together. Every matrix is stored by rows or by columns.
     """
     pairs = [(a, b)] if others is None else [(a, b), others]
     factors = [factor for pair in pairs for factor in pair]
     sizes = tuple((left.numbers.shape[1], right.numbers.shape[2], left.numbers.shape[2]) for left, right in pairs)
     planes, turned = zip(*[(t.numbers.stride(0), t.numbers.stride(2) != 1) for t in factors], strict=True)
-    rows, columns, _ = sizes[0]
-    upper = rows if upper is None else upper
-    launch, pieces = _products(a.numbers.device, sizes, planes, turned, upper, each)
+    upper = sizes[0][0] if upper is None else upper
+    columns = sizes[0][1] if columns is None else columns
+    launch, pieces = _products(a.numbers.device, sizes, planes, turned, (upper, *below, columns), each)
     above = a.numbers.new_empty(pieces[0], upper, columns, dtype=torch.float32)
-    below = above.new_empty(pieces[0], rows - upper, columns) if upper < rows else None
+    lower = above.new_empty(pieces[0], below[1], columns) if below[1] else None
     second = None if others is None else above.new_empty(pieces[1], *sizes[1][:2])
     first, last = ([t.numbers for t in pair] + [t.largest for t in pair] for pair in (pairs[0], pairs[-1]))
-    launch(*first, above, above if below is None else below, *last, above if second is None else second)
-    return tuple(None if t is None else t[0] if len(t) == 1 else t.sum(0) for t in (above, below, second))
+    launch(*first, above, above if lower is None else lower, *last, above if second is None else second)
+    return tuple(None if t is None else t[0] if len(t) == 1 else t.sum(0) for t in (above, lower, second))

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from layers.flash import triton_sort, triton_walk
-from layers.flash.launch import INTERPRETED, Launch, ceil_div, dtypes, multiprocessors, power_of_2, remembered
+from layers.flash.launch import INTERPRETED, Launch, ceil_div, dtypes, multiprocessors, power_of_2, remembered, unit
 from layers.flash.reference import compute_dtype
 
 AT_ONCE = 2048  # samples; above, torch.sort is faster than one program that sorts
@@ -88,14 +88,15 @@ def _backward(
     grid = (features, ceil_div(samples, 256))
     place = Launch(triton_sort.place_kernel, grid, (samples, features, *cut, lo, inv_h), constants, 4)
     constants = shared | {"SCATTER_D": scatter_d} | sums | {"SCALED": scale is not None, "BASE": has_base}
-    constants |= {"BITS": bits, "BO": walk.block, "WHOLE": outputs % walk.block == 0, "FAR": walk.far}
-    constants |= {"FETCH": FETCHED, "FOLD": 16 // weight_dtype.itemsize if walk.block >= 256 else 0}
-    numbers = (samples, features, outputs, size, *cut, inv_h)
+    step = unit(outputs, 16)
+    constants |= {"BITS": bits, "UNIT": step, "BO": walk.block, "WHOLE": outputs % walk.block == 0, "FAR": walk.far}
+    constants |= {"FETCH": FETCHED, "FOLD": min(16 // weight_dtype.itemsize, step) if walk.block >= 256 else 0}
+    numbers = (samples, features, outputs // step, size, *cut, inv_h)
     grid = (features, walk.stretches, ceil_div(outputs, walk.block))
     go = Launch(triton_walk.walk_kernel, grid, numbers, constants, 1, registers=walk.registers)
-    constants = {"ORDER": order} | sums | {"BO": min(walk.block, 256)}
+    constants = {"ORDER": order} | sums | {"UNIT": step, "BO": min(walk.block, 256)}
     grid = (features, walk.stretches - 1, ceil_div(outputs, constants["BO"]) * (order + 1))
-    carry = Launch(triton_walk.carry_kernel, grid, (features, outputs, size, *cut), constants, 2)
+    carry = Launch(triton_walk.carry_kernel, grid, (features, outputs // step, size, *cut), constants, 2)
     return Launches(arrange, place, go, carry), walk, key_dtype
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 
 import torch
@@ -100,3 +101,8 @@ def ceil_div(a: int, b: int) -> int:
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least ``n``."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def unit(count: int, most: int) -> int:
+    """The largest power of two up to ``most`` that divides a number of columns: told of it, a kernel loads so many at once."""
+    return math.gcd(count, most)

@@ -26,7 +26,7 @@ def measure_kernel(
     if pid < blocks:
         across = tl.cdiv(columns, BC)
         row, column = (pid // across * BR + r).to(tl.int64), pid % across * BC + c
-        v = stacked(above, below, below, row, column[None, :], upper, rows, rows, columns)
+        v = stacked(above, below, below, row, column[None, :], upper, upper, rows, rows, rows, columns)
         most = tl.max(magnitude(v), 0)
         tl.atomic_max(of_columns + column, most, mask=column < columns, sem="relaxed")
     else:
@@ -61,7 +61,7 @@ def _store(to, v, plane, mask, PARTS: tl.constexpr):
 def _values(
     block, b, x, scale, largest, values, samples, features, columns, size, lead, plane, lo, hi, inv_h,
     ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr,
-    BY_SAMPLE: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, BC: tl.constexpr,
+    BY_SAMPLE: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """BC columns of basis values, UNIT at a time, which belong to one input or to two that follow each other."""
     rows = size + ORDER
@@ -84,6 +84,8 @@ def _values(
         cell, f = locate(tl.where(second, x1[:, :, None], x0[:, :, None]), lo, hi, inv_h, size, ORDER)
         v0, v1, v2, v3, v4, v5 = basis(f, inv_h, ORDER, D)
         out = spread(tl.where(second, n - rest[:, :, None], n + r[:, :, None]) - cell, v0, v1, v2, v3, v4, v5, ORDER)
+    if PADDED:
+        out = tl.where(tl.where(second, i[:, :, None] + 1, i[:, :, None]) < features, out, 0.0)
     if SCALED:
         s0 = tl.load(scale + i, mask=here, other=0.0).to(CT)
         s1 = tl.load(scale + i + 1, mask=two, other=0.0).to(CT)
@@ -104,7 +106,7 @@ def _values(
 def _silus(
     block, b, x, scale, largest, acts, samples, features, lead, plane,
     D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr, BY_SAMPLE: tl.constexpr,
-    BC: tl.constexpr,
+    PADDED: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     i = (block * BC + tl.arange(0, BC))[None, :]
     here = (b < samples) & (i < features)
@@ -115,23 +117,29 @@ def _silus(
         out *= up(tl.load(largest + b, mask=b < samples, other=0))
     elif PARTS:
         out *= up(tl.load(largest + features + i, mask=i < features, other=0))
+    if PADDED:
+        out = tl.where(here, out, 0.0)
+        here = (b < samples) & (i < tl.cdiv(features, 16) * 16)
     _store(acts + b.to(tl.int64) * lead + i, out, plane, here, PARTS)
 
 
-@triton.jit(do_not_specialize=["samples", "size", "blocks", "act_blocks", "upper", "rows"])
+@triton.jit(do_not_specialize=["samples", "size", "blocks", "act_blocks", "upper", "at_below", "end_below", "rows"])
 def basis_kernel(
     x, scale, largest, values, acts, above, below, matrix, of_columns,
-    samples, features, columns, size, blocks, act_blocks, lead, lead_acts, plane, upper, rows, across,
+    samples, features, columns, size, blocks, act_blocks, lead, lead_acts, plane,
+    upper, at_below, end_below, outputs, rows, across,
     lo: "fp64", hi: "fp64", inv_h: "fp64",
     ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr,
-    BY_SAMPLE: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr,
+    BY_SAMPLE: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr, BB: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
     """values (B, columns = I * R), all ``G + k`` values of each input, and acts (B, I), SiLU's; times the scale.
 
     A program makes BC columns of BB samples; the first ``blocks`` columns of programs are those of ``values``. OFFSET:
     the integers that count columns. UNIT <= R. With PARTS all is stored in two parts, see ``triton_parts.py``, scaled by
     what ``measure_kernel`` found, for each sample or for each feature; further programs do so with the matrix by which
-    this one will be multiplied, ``across`` columns wide and scaled by these.
+    this one will be multiplied, scaled by columns: ``rows`` times ``across``, see ``split``. PADDED: features are not a
+    multiple of 16, and those that are missing have values of 0.
     """
     tiles = tl.cdiv(samples, BB)
     pid = tl.program_id(0)
@@ -143,19 +151,20 @@ def basis_kernel(
     if block < blocks:
         _values(
             block, b, x, scale, largest, values, samples, features, columns, size, lead, plane, lo, hi, inv_h,
-            ORDER, D, CT, SCALED, PARTS, BY_SAMPLE, OFFSET, UNIT, BC,
+            ORDER, D, CT, SCALED, PARTS, BY_SAMPLE, OFFSET, UNIT, PADDED, BC,
         )  # fmt: skip
     elif block < blocks + act_blocks:
         _silus(
             block - blocks, b, x, scale, largest, acts, samples, features, lead_acts, plane,
-            D, CT, SCALED, PARTS, BY_SAMPLE, BC,
+            D, CT, SCALED, PARTS, BY_SAMPLE, PADDED, BC,
         )  # fmt: skip
     elif PARTS:
         pid -= tiles * (blocks + act_blocks)
         high = tl.cdiv(rows, 4)
         split(
-            pid % high, pid // high, above, below, below, matrix, of_columns, upper, rows, rows, across, False, 4, 256
-        )
+            pid % high, pid // high, above, below, below, matrix, of_columns,
+            upper, at_below, end_below, rows, rows, outputs, rows, across, False, 4, 256,
+        )  # fmt: skip
 
 
 @triton.jit

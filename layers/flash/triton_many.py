@@ -58,10 +58,12 @@ def _prepared(first_rows, values, acts, at, here, plane, ORDER: tl.constexpr, BA
 @triton.jit(do_not_specialize=["samples", "features", "size", "step"])
 def many_kernel(
     first_rows, values, acts, weight, base, y,
-    samples, features, outputs, size, step,
-    ORDER: tl.constexpr, CT: tl.constexpr, BASE: tl.constexpr, WHOLE: tl.constexpr, BB: tl.constexpr, BO: tl.constexpr,
+    samples, features, units, size, step,
+    ORDER: tl.constexpr, CT: tl.constexpr, BASE: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
+    BB: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """y[part, b, o]: the sum over the features ``part * step .. (part + 1) * step``."""
+    """y[part, b, o]: the sum over the features ``part * step .. (part + 1) * step``; ``units`` of UNIT outputs."""
+    outputs = units * UNIT
     b = tl.program_id(0) * BB + tl.arange(0, BB)
     o = tl.program_id(1) * BO + tl.arange(0, BO)
     part = tl.program_id(2)

@@ -41,41 +41,50 @@ def store_parts(to, v, plane, mask):
 
 
 @triton.jit
-def stacked(one, two, three, row, column, first, second, rows, columns):
-    """A block of a matrix (rows, columns): ``one`` ends at row ``first``, ``two`` under it at ``second``; 0 outside."""
-    inside = (row < rows) & (column < columns)
-    v = tl.load(one + row * columns + column, mask=inside & (row < first), other=0.0)
-    v += tl.load(two + (row - first) * columns + column, mask=inside & (row >= first) & (row < second), other=0.0)
-    return v + tl.load(three + (row - second) * columns + column, mask=inside & (row >= second), other=0.0)
+def stacked(one, two, three, row, column, end, at_two, end_two, at_three, end_three, columns):
+    """A block of a matrix whose rows 0 to ``end`` are those of ``one``, and from ``at_two`` to ``end_two`` those of ``two``,
+    and so on; 0 elsewhere. Each is ``columns`` wide.
+    """
+    inside = column < columns
+    v = tl.load(one + row * columns + column, mask=inside & (row < end), other=0.0)
+    here = inside & (row >= at_two) & (row < end_two)
+    v += tl.load(two + (row - at_two) * columns + column, mask=here, other=0.0)
+    here = inside & (row >= at_three) & (row < end_three)
+    return v + tl.load(three + (row - at_three) * columns + column, mask=here, other=0.0)
 
 
 @triton.jit
 def split(
-    at_row, at_column, one, two, three, parts, largest, first, second, rows, columns,
+    at_row, at_column, one, two, three, parts, largest, end, at_two, end_two, at_three, end_three, columns, rows, across,
     BY_ROW: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """A block of parts (2, rows, columns) of a stacked matrix, and with BY_ROW the ``largest`` (rows) of each row.
+    """A block of parts (2, rows, across) of a stacked matrix, and with BY_ROW the ``largest`` (rows) of each row.
 
-    BC >= columns with BY_ROW; else there is a ``largest`` (columns) to read.
+    BC >= across with BY_ROW; else there is a ``largest`` (columns) to read.
     """
     row = (at_row * BR + tl.arange(0, BR)).to(tl.int64)[:, None]
     column = (at_column * BC + tl.arange(0, BC))[None, :]
-    v = stacked(one, two, three, row, column, first, second, rows, columns)
+    v = stacked(one, two, three, row, column, end, at_two, end_two, at_three, end_three, columns)
     if BY_ROW:
         most = tl.max(magnitude(v), 1)[:, None]
         tl.store(largest + row, most, mask=row < rows)
     else:
         most = tl.load(largest + column, mask=column < columns, other=0)
-    mask = (row < rows) & (column < columns)
-    store_parts(parts + row * columns + column, v * up(most), tl.cast(rows, tl.int64) * columns, mask)
+    mask = (row < rows) & (column < across)
+    store_parts(parts + row * across + column, v * up(most), tl.cast(rows, tl.int64) * across, mask)
 
 
-@triton.jit(do_not_specialize=["first", "second", "rows"])
+@triton.jit(do_not_specialize=["end", "at_two", "end_two", "at_three", "end_three", "rows"])
 def split_rows_kernel(
-    one, two, three, parts, largest, first, second, rows, columns, BR: tl.constexpr, BC: tl.constexpr
-):
+    one, two, three, parts, largest,
+    end, at_two, end_two, at_three, end_three, columns, rows, across,
+    BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
     """A stacked matrix in parts, scaled by rows: see ``split``."""
-    split(tl.program_id(0), 0, one, two, three, parts, largest, first, second, rows, columns, True, BR, BC)
+    split(
+        tl.program_id(0), 0, one, two, three, parts, largest,
+        end, at_two, end_two, at_three, end_three, columns, rows, across, True, BR, BC,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -93,7 +102,7 @@ def _tile(part, row, column, lead, rows, columns, TURNED: tl.constexpr, WHOLE: t
 @triton.jit
 def _product(
     pid, a, b, of_rows, of_columns, above, below,
-    rows, columns, inner, plane_a, plane_b, upper, each, step, one,
+    rows, columns, inner, plane_a, plane_b, upper, at_below, end_below, kept, each, step, one,
     TURN_A: tl.constexpr, TURN_B: tl.constexpr, WHOLE: tl.constexpr, BELOW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -116,20 +125,21 @@ def _product(
         # Tensor cores cut sums off where float32 rounds, which adds up: long sums are made outside. Times ``one``, or the
         # compiler would move the sum inside.
         total += tl.dot(a0, b0, sums) * one
-    group = tl.where(row < upper, row // each, row - upper + upper // each)
-    total *= down(tl.load(of_rows + group, mask=row < rows, other=0))[:, None]
-    total *= down(tl.load(of_columns + column, mask=column < columns, other=0))[None, :]
+    group = tl.where(row < upper, row // each, row - at_below + upper // each)
+    here, lower = row < upper, (row >= at_below) & (row < end_below)
+    total *= down(tl.load(of_rows + group, mask=here | lower, other=0))[:, None]
+    total *= down(tl.load(of_columns + column, mask=column < kept, other=0))[None, :]
     row, column, piece = row.to(tl.int64)[:, None], column[None, :], piece.to(tl.int64)
-    tl.store(above + (piece * upper + row) * columns + column, total, mask=(row < upper) & (column < columns))
+    tl.store(above + (piece * upper + row) * kept + column, total, mask=here[:, None] & (column < kept))
     if BELOW:
-        at = (piece * (rows - upper) + row - upper) * columns + column
-        tl.store(below + at, total, mask=(row >= upper) & (row < rows) & (column < columns))
+        at = (piece * (end_below - at_below) + row - at_below) * kept + column
+        tl.store(below + at, total, mask=lower[:, None] & (column < kept))
 
 
-@triton.jit(do_not_specialize=["upper", "each", "programs", "one"])
+@triton.jit(do_not_specialize=["upper", "at_below", "end_below", "each", "programs", "one"])
 def products_kernel(
     a, b, of_rows, of_columns, above, below, c, d, of_rows2, of_columns2, other,
-    rows, columns, inner, plane_a, plane_b, upper, each, step, programs,
+    rows, columns, inner, plane_a, plane_b, upper, at_below, end_below, kept, each, step, programs,
     rows2, columns2, inner2, plane_c, plane_d, step2,
     one: "fp32",
     TURN_A: tl.constexpr, TURN_B: tl.constexpr, WHOLE: tl.constexpr, BELOW: tl.constexpr, BM: tl.constexpr,
@@ -139,20 +149,21 @@ def products_kernel(
     """The product of ``a`` and ``b``, both in parts, summed over ``step`` inner indices in each piece of the sum; and with
     SECOND that of ``c`` and ``d``, side by side with it. A turned matrix is stored by columns.
 
-    The first ``upper`` rows go to ``above`` (pieces of the sum, upper, columns), the others to ``below``; the second
-    product to ``other``. ``of_columns`` is the largest magnitude of each column of ``b``; ``of_rows`` that of every
-    ``each`` of the upper rows of ``a`` and then that of each other row. The first ``programs`` make the first product.
+    The first ``kept`` columns are stored: those of the first ``upper`` rows go to ``above`` (pieces of the sum, upper,
+    kept), of rows ``at_below`` to ``end_below`` to ``below``; all of the second product to ``other``. ``of_columns`` is
+    the largest magnitude of each column of ``b`` that is kept; ``of_rows`` that of every ``each`` of the upper rows of
+    ``a`` and then that of each row for ``below``. The first ``programs`` make the first product.
     """
     pid = tl.program_id(0)
     if pid < programs:
         _product(
             pid, a, b, of_rows, of_columns, above, below,
-            rows, columns, inner, plane_a, plane_b, upper, each, step, one,
+            rows, columns, inner, plane_a, plane_b, upper, at_below, end_below, kept, each, step, one,
             TURN_A, TURN_B, WHOLE, BELOW, BM, BN, BK, STAGES,
         )  # fmt: skip
     elif SECOND:
         _product(
             pid - programs, c, d, of_rows2, of_columns2, other, other,
-            rows2, columns2, inner2, plane_c, plane_d, rows2, 1, step2, one,
+            rows2, columns2, inner2, plane_c, plane_d, rows2, rows2, rows2, columns2, 1, step2, one,
             TURN_C, TURN_D, WHOLE2, False, BM, BN2, BK, STAGES,
         )  # fmt: skip

@@ -80,13 +80,14 @@ def _first_row(t, each, cut, size, ORDER: tl.constexpr):
 @triton.jit(do_not_specialize=["samples", "features", "size", "each", "stretches"])
 def walk_kernel(
     grad, scale, weight, base, keys, places, slopes, cuts, dots, gradient, carries,
-    samples, features, outputs, size, each, stretches,
+    samples, features, units, size, each, stretches,
     inv_h: "fp64",
     ORDER: tl.constexpr, DOT_D: tl.constexpr, SCATTER_D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr,
-    BASE: tl.constexpr, BITS: tl.constexpr, BO: tl.constexpr, WHOLE: tl.constexpr,
+    BASE: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, BO: tl.constexpr, WHOLE: tl.constexpr,
     FAR: tl.constexpr, FETCH: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """One feature, one stretch of its walk (see ``arrange_kernel``), one block of outputs: cell by cell, sample by sample.
+    There are ``units`` of UNIT outputs.
 
     A stretch writes the rows from its first to the next one's; what its samples add to the ``k + 1`` rows behind these
     is its carry (stretches - 1, I, k + 1, O). ``dots`` has one for the blocks of outputs; WHOLE: BO divides the outputs.
@@ -94,6 +95,7 @@ def walk_kernel(
     register is copied. FAR: weights are read two rows ahead, not one; FETCH: into the cache, as many rows ahead (or 0);
     FOLD: see ``_share``.
     """
+    outputs = units * UNIT
     i = tl.program_id(0).to(tl.int64)
     stretch = tl.program_id(1)
     block = tl.program_id(2)
@@ -208,13 +210,14 @@ def walk_kernel(
 @triton.jit(do_not_specialize=["features", "size", "each", "stretches"])
 def carry_kernel(
     cuts, carries, gradient,
-    features, outputs, size, each, stretches,
-    ORDER: tl.constexpr, CT: tl.constexpr, BO: tl.constexpr,
+    features, units, size, each, stretches,
+    ORDER: tl.constexpr, CT: tl.constexpr, UNIT: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """Adds the carries of a feature's stretches to its gradient: a program one row of a carry, and all that meet it there.
 
     Where several meet in a row, the program of the last one adds them all, in their order backwards.
     """
+    outputs = units * UNIT
     i = tl.program_id(0).to(tl.int64)
     stretch = tl.program_id(1) + 1
     r = tl.program_id(2) % (ORDER + 1)
