@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from layers.flash import gpu_parts, triton_dense, triton_packed
-from layers.flash.launch import Launch, ceil_div, dtypes, on_device_of, remembered
+from layers.flash.launch import Launch, ceil_div, dtypes, on_device_of, remembered, unit
 
 FEWEST_ROWS, MOST_ROWS = 12, 2048  # of features whose windows are shifted: faster from, and exact products up to
 CACHE = 2**26  # bytes of basis values that no cache keeps until they are read
@@ -33,20 +33,24 @@ def _basis(
     leads: tuple,
     base: bool,
     by: str | None = None,
-    matrix: tuple = (0,) * 6,
+    matrix: tuple = (0, 0, 0, 1, 0, 0),
 ) -> Launch:
     (samples, features, rows), (_, x_dtype, weight_dtype, scale) = shape, kinds
     wide = gpu_parts.padded(features) if by else features
     constants = {"ORDER": order, "D": d, "CT": _wide(x_dtype, weight_dtype)}
     constants |= {"SCALED": scale is not None, "PARTS": by is not None, "BY_SAMPLE": by == "sample"}
     narrow = weight_dtype.itemsize == 2
-    unit = next(n for n in (8 if by or narrow else 4, 4, 2, 1) if n <= rows)  # 16 bytes
+    places = next(n for n in (8 if by or narrow else 4, 4, 2, 1) if n <= rows)  # 16 bytes
     tile = {"BB": 8 if narrow else 4, "BC": 256}
-    constants |= {"OFFSET": _offset(wide * rows), "UNIT": unit, "PADDED": wide > features} | tile
+    constants |= {"OFFSET": _offset(wide * rows), "UNIT": places, "PADDED": wide > features}
+    upper, at_below, end_below, columns, height, across = matrix
+    step = unit(columns, 16)
+    constants |= {"OUTPUTS": step} | tile
     blocks, act_blocks = ceil_div(wide * rows, tile["BC"]), ceil_div(wide, tile["BC"]) if base else 0
     programs = ceil_div(samples, tile["BB"]) * (blocks + act_blocks)
-    programs += ceil_div(matrix[-2], 4) * ceil_div(matrix[-1], 256)
-    numbers = (samples, features, wide * rows, rows - order, blocks, act_blocks, *leads, *matrix)
+    programs += ceil_div(height, 4) * ceil_div(across, 256)
+    numbers = (samples, features, wide * rows, rows - order, blocks, act_blocks, *leads)
+    numbers += (upper, at_below, end_below, columns // step, height, across)
     numbers += (lo, hi, (rows - order) / (hi - lo))
     return Launch(triton_dense.basis_kernel, (programs,), numbers, constants, 4)
 
@@ -87,10 +91,12 @@ def basis(
 @remembered
 def _measure(kinds: tuple, shape: tuple, matrix: tuple, bound: float, d: int, base: bool, by: str) -> Launch:
     (samples, features), (upper, rows, columns), (_, _, scale) = shape, matrix, kinds
-    constants = {"D": d, "SCALED": scale is not None, "BASE": base, "BY_SAMPLE": by == "sample", "BR": 32, "BC": 64}
+    constants = {"D": d, "SCALED": scale is not None, "BASE": base, "BY_SAMPLE": by == "sample"}
+    step = unit(columns, 16)
+    constants |= {"UNIT": step, "BR": 32, "BC": 64}
     blocks = ceil_div(rows, 32) * ceil_div(columns, 64)
     programs = blocks + ceil_div(samples, 32) * ceil_div(features, 64)
-    numbers = (upper, rows, columns, samples, features, blocks, bound)
+    numbers = (upper, rows, columns // step, samples, features, blocks, bound)
     return Launch(triton_dense.measure_kernel, (programs,), numbers, constants, 4)
 
 

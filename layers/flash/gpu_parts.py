@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layers.flash import triton_parts
-from layers.flash.launch import Launch, ceil_div, dtypes, multiprocessors, power_of_2, remembered, tf32_allowed
+from layers.flash.launch import Launch, ceil_div, dtypes, multiprocessors, power_of_2, remembered, tf32_allowed, unit
 
 ROWS, INNER = 64, 32  # of a program's product, and inner indices at a time
 TOGETHER, REGISTERS = 3, 168  # programs that a multiprocessor holds, with so many registers a thread
@@ -60,7 +60,8 @@ def empty(rows: int, columns: int, device: torch.device) -> Tensor:
 def _split_rows(kinds: tuple, bounds: tuple, columns: int, rows: int, across: int) -> Launch:
     block_columns = max(16, power_of_2(across))
     block = max(1, 1024 // block_columns)
-    numbers, constants = (*bounds, columns, rows, across), {"BR": block, "BC": block_columns}
+    step = unit(columns, 16)
+    numbers, constants = (*bounds, columns // step, rows, across), {"UNIT": step, "BR": block, "BC": block_columns}
     warps = min(max(block_columns // 1024, 4), 16)
     return Launch(triton_parts.split_rows_kernel, (ceil_div(rows, block),), numbers, constants, warps)
 
@@ -130,11 +131,13 @@ def _products(device: torch.device, sizes: tuple, planes: tuple, turned: tuple, 
         whole.append(rows % ROWS == 0 and columns % width == 0 and inner % INNER == 0)
         programs.append(ceil_div(rows, ROWS) * ceil_div(columns, width) * pieces[-1])
     upper, at_below, below, columns = kept
-    numbers = (*sizes[0], *planes[:2], upper, at_below, at_below + below, columns, each, steps[0], programs[0])
+    step = unit(columns, 16)
+    numbers = (*sizes[0], *planes[:2], upper, at_below, at_below + below, columns // step, each, steps[0], programs[0])
     numbers += (*sizes[-1], *planes[-2:], steps[-1], 1.0)
-    constants = {"TURN_A": turned[0], "TURN_B": turned[1], "WHOLE": whole[0], "BELOW": below > 0, "BM": ROWS}
-    constants |= {"BN": _width(sizes[0][1]), "SECOND": len(sizes) > 1, "TURN_C": turned[-2], "TURN_D": turned[-1]}
-    constants |= {"WHOLE2": whole[-1], "BN2": _width(sizes[-1][1]), "BK": INNER, "STAGES": STAGES}
+    constants = {"TURN_A": turned[0], "TURN_B": turned[1], "WHOLE": whole[0], "UNIT": step, "BELOW": below > 0}
+    constants |= {"BM": ROWS, "BN": _width(sizes[0][1]), "SECOND": len(sizes) > 1}
+    constants |= {"TURN_C": turned[-2], "TURN_D": turned[-1], "WHOLE2": whole[-1], "BN2": _width(sizes[-1][1])}
+    constants |= {"BK": INNER, "STAGES": STAGES}
     launch = Launch(triton_parts.products_kernel, (sum(programs),), numbers, constants, 4, STAGES, REGISTERS)
     return launch, tuple(pieces)
 

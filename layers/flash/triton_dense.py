@@ -10,17 +10,18 @@ from layers.flash.triton_parts import magnitude, split, stacked, store_parts, up
 @triton.jit(do_not_specialize=["upper", "rows", "samples", "blocks"])
 def measure_kernel(
     above, below, x, scale, of_columns, of_inputs,
-    upper, rows, columns, samples, features, blocks,
+    upper, rows, units, samples, features, blocks,
     bound: "fp32",
-    D: tl.constexpr, SCALED: tl.constexpr, BASE: tl.constexpr, BY_SAMPLE: tl.constexpr,
+    D: tl.constexpr, SCALED: tl.constexpr, BASE: tl.constexpr, BY_SAMPLE: tl.constexpr, UNIT: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The largest magnitudes of the columns of a stacked matrix, and those that ``basis_kernel`` may make of the inputs.
 
     of_inputs (B) with BY_SAMPLE, else (2 * I): of each feature's basis values, then of its SiLU's. ``bound`` is that of
-    basis values before the scale. Both arrays begin as 0. A program takes BR rows or samples and BC columns or features;
-    the first ``blocks`` take the matrix.
+    basis values before the scale. Both arrays begin as 0. The matrix has ``units`` of UNIT columns. A program takes BR
+    rows or samples and BC columns or features; the first ``blocks`` take the matrix.
     """
+    columns = units * UNIT
     pid = tl.program_id(0)
     r, c = tl.arange(0, BR)[:, None], tl.arange(0, BC)
     if pid < blocks:
@@ -61,9 +62,12 @@ def _store(to, v, plane, mask, PARTS: tl.constexpr):
 def _values(
     block, b, x, scale, largest, values, samples, features, columns, size, lead, plane, lo, hi, inv_h,
     ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr,
-    BY_SAMPLE: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr, BC: tl.constexpr,
+    BY_SAMPLE: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """BC columns of basis values, UNIT at a time, which belong to one input or to two that follow each other."""
+    """BC columns of basis values, UNIT at a time, which belong to one input or to two that follow each other.
+
+    Features that are missing have those of 0, and will be multiplied by 0.
+    """
     rows = size + ORDER
     start = block.to(OFFSET) * BC
     first = start // rows
@@ -84,8 +88,6 @@ def _values(
         cell, f = locate(tl.where(second, x1[:, :, None], x0[:, :, None]), lo, hi, inv_h, size, ORDER)
         v0, v1, v2, v3, v4, v5 = basis(f, inv_h, ORDER, D)
         out = spread(tl.where(second, n - rest[:, :, None], n + r[:, :, None]) - cell, v0, v1, v2, v3, v4, v5, ORDER)
-    if PADDED:
-        out = tl.where(tl.where(second, i[:, :, None] + 1, i[:, :, None]) < features, out, 0.0)
     if SCALED:
         s0 = tl.load(scale + i, mask=here, other=0.0).to(CT)
         s1 = tl.load(scale + i + 1, mask=two, other=0.0).to(CT)
@@ -117,7 +119,7 @@ def _silus(
         out *= up(tl.load(largest + b, mask=b < samples, other=0))
     elif PARTS:
         out *= up(tl.load(largest + features + i, mask=i < features, other=0))
-    if PADDED:
+    if PADDED:  # a slope of SiLU at 0 might be too large for these parts
         out = tl.where(here, out, 0.0)
         here = (b < samples) & (i < tl.cdiv(features, 16) * 16)
     _store(acts + b.to(tl.int64) * lead + i, out, plane, here, PARTS)
@@ -127,19 +129,19 @@ def _silus(
 def basis_kernel(
     x, scale, largest, values, acts, above, below, matrix, of_columns,
     samples, features, columns, size, blocks, act_blocks, lead, lead_acts, plane,
-    upper, at_below, end_below, outputs, rows, across,
+    upper, at_below, end_below, units, rows, across,
     lo: "fp64", hi: "fp64", inv_h: "fp64",
     ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr,
-    BY_SAMPLE: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr, BB: tl.constexpr,
-    BC: tl.constexpr,
+    BY_SAMPLE: tl.constexpr, OFFSET: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr, OUTPUTS: tl.constexpr,
+    BB: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """values (B, columns = I * R), all ``G + k`` values of each input, and acts (B, I), SiLU's; times the scale.
 
     A program makes BC columns of BB samples; the first ``blocks`` columns of programs are those of ``values``. OFFSET:
     the integers that count columns. UNIT <= R. With PARTS all is stored in two parts, see ``triton_parts.py``, scaled by
     what ``measure_kernel`` found, for each sample or for each feature; further programs do so with the matrix by which
-    this one will be multiplied, scaled by columns: ``rows`` times ``across``, see ``split``. PADDED: features are not a
-    multiple of 16, and those that are missing have values of 0.
+    this one will be multiplied, scaled by columns, see ``split``; it has ``units`` of OUTPUTS columns. PADDED: features are
+    not a multiple of 16, those that are missing are there, and ``matrix`` is 0 for them.
     """
     tiles = tl.cdiv(samples, BB)
     pid = tl.program_id(0)
@@ -151,7 +153,7 @@ def basis_kernel(
     if block < blocks:
         _values(
             block, b, x, scale, largest, values, samples, features, columns, size, lead, plane, lo, hi, inv_h,
-            ORDER, D, CT, SCALED, PARTS, BY_SAMPLE, OFFSET, UNIT, PADDED, BC,
+            ORDER, D, CT, SCALED, PARTS, BY_SAMPLE, OFFSET, UNIT, BC,
         )  # fmt: skip
     elif block < blocks + act_blocks:
         _silus(
@@ -163,7 +165,7 @@ def basis_kernel(
         high = tl.cdiv(rows, 4)
         split(
             pid % high, pid // high, above, below, below, matrix, of_columns,
-            upper, at_below, end_below, rows, rows, outputs, rows, across, False, 4, 256,
+            upper, at_below, end_below, rows, rows, units * OUTPUTS, rows, across, False, 4, 256,
         )  # fmt: skip
 
 

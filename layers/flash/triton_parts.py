@@ -77,13 +77,13 @@ def split(
 @triton.jit(do_not_specialize=["end", "at_two", "end_two", "at_three", "end_three", "rows"])
 def split_rows_kernel(
     one, two, three, parts, largest,
-    end, at_two, end_two, at_three, end_three, columns, rows, across,
-    BR: tl.constexpr, BC: tl.constexpr,
+    end, at_two, end_two, at_three, end_three, units, rows, across,
+    UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """A stacked matrix in parts, scaled by rows: see ``split``."""
+    """A stacked matrix in parts, ``units`` of UNIT columns, scaled by rows: see ``split``."""
     split(
         tl.program_id(0), 0, one, two, three, parts, largest,
-        end, at_two, end_two, at_three, end_three, columns, rows, across, True, BR, BC,
+        end, at_two, end_two, at_three, end_three, units * UNIT, rows, across, True, BR, BC,
     )  # fmt: skip
 
 
@@ -139,26 +139,26 @@ def _product(
 @triton.jit(do_not_specialize=["upper", "at_below", "end_below", "each", "programs", "one"])
 def products_kernel(
     a, b, of_rows, of_columns, above, below, c, d, of_rows2, of_columns2, other,
-    rows, columns, inner, plane_a, plane_b, upper, at_below, end_below, kept, each, step, programs,
+    rows, columns, inner, plane_a, plane_b, upper, at_below, end_below, units, each, step, programs,
     rows2, columns2, inner2, plane_c, plane_d, step2,
     one: "fp32",
-    TURN_A: tl.constexpr, TURN_B: tl.constexpr, WHOLE: tl.constexpr, BELOW: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, SECOND: tl.constexpr, TURN_C: tl.constexpr, TURN_D: tl.constexpr, WHOLE2: tl.constexpr,
+    TURN_A: tl.constexpr, TURN_B: tl.constexpr, WHOLE: tl.constexpr, UNIT: tl.constexpr, BELOW: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SECOND: tl.constexpr, TURN_C: tl.constexpr, TURN_D: tl.constexpr, WHOLE2: tl.constexpr,
     BN2: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The product of ``a`` and ``b``, both in parts, summed over ``step`` inner indices in each piece of the sum; and with
     SECOND that of ``c`` and ``d``, side by side with it. A turned matrix is stored by columns.
 
-    The first ``kept`` columns are stored: those of the first ``upper`` rows go to ``above`` (pieces of the sum, upper,
-    kept), of rows ``at_below`` to ``end_below`` to ``below``; all of the second product to ``other``. ``of_columns`` is
-    the largest magnitude of each column of ``b`` that is kept; ``of_rows`` that of every ``each`` of the upper rows of
-    ``a`` and then that of each row for ``below``. The first ``programs`` make the first product.
+    The first columns are kept, ``units`` of UNIT: of the first ``upper`` rows in ``above`` (pieces of the sum, upper,
+    columns kept), of rows ``at_below`` to ``end_below`` in ``below``; all of the second product in ``other``.
+    ``of_columns`` is the largest magnitude of each column of ``b`` that is kept; ``of_rows`` that of every ``each`` of
+    the upper rows of ``a`` and then that of each row for ``below``. The first ``programs`` make the first product.
     """
     pid = tl.program_id(0)
     if pid < programs:
         _product(
             pid, a, b, of_rows, of_columns, above, below,
-            rows, columns, inner, plane_a, plane_b, upper, at_below, end_below, kept, each, step, one,
+            rows, columns, inner, plane_a, plane_b, upper, at_below, end_below, units * UNIT, each, step, one,
             TURN_A, TURN_B, WHOLE, BELOW, BM, BN, BK, STAGES,
         )  # fmt: skip
     elif SECOND:
