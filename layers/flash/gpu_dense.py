@@ -44,7 +44,7 @@ def _basis(
     tile = {"BB": 8 if narrow else 4, "BC": 256}
     constants |= {"OFFSET": _offset(wide * rows), "UNIT": places, "PADDED": wide > features}
     upper, at_below, end_below, columns, height, across = matrix
-    step = unit(columns, 16)
+    step = unit(columns)
     constants |= {"OUTPUTS": step} | tile
     blocks, act_blocks = ceil_div(wide * rows, tile["BC"]), ceil_div(wide, tile["BC"]) if base else 0
     programs = ceil_div(samples, tile["BB"]) * (blocks + act_blocks)
@@ -92,7 +92,7 @@ def basis(
 def _measure(kinds: tuple, shape: tuple, matrix: tuple, bound: float, d: int, base: bool, by: str) -> Launch:
     (samples, features), (upper, rows, columns), (_, _, scale) = shape, matrix, kinds
     constants = {"D": d, "SCALED": scale is not None, "BASE": base, "BY_SAMPLE": by == "sample"}
-    step = unit(columns, 16)
+    step = unit(columns)
     constants |= {"UNIT": step, "BR": 32, "BC": 64}
     blocks = ceil_div(rows, 32) * ceil_div(columns, 64)
     programs = blocks + ceil_div(samples, 32) * ceil_div(features, 64)

@@ -50,7 +50,7 @@ def _forward(
     prepare = Launch(triton_many.prepare_kernel, grid, numbers, constants, 4)
     narrow = weight_dtype.itemsize == 2
     bb, bo, warps, split = many_tile(samples, features, rows, outputs, narrow, processors)
-    step = unit(outputs, 16)
+    step = unit(outputs)
     constants = {"ORDER": order, "CT": wide, "BASE": base is not None, "UNIT": step, "WHOLE": outputs % bo == 0}
     constants |= {"BB": bb, "BO": bo}
     grid = (ceil_div(samples, bb), ceil_div(outputs, bo), split)

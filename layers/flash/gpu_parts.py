@@ -60,7 +60,7 @@ def empty(rows: int, columns: int, device: torch.device) -> Tensor:
 def _split_rows(kinds: tuple, bounds: tuple, columns: int, rows: int, across: int) -> Launch:
     block_columns = max(16, power_of_2(across))
     block = max(1, 1024 // block_columns)
-    step = unit(columns, 16)
+    step = unit(columns)
     numbers, constants = (*bounds, columns // step, rows, across), {"UNIT": step, "BR": block, "BC": block_columns}
     warps = min(max(block_columns // 1024, 4), 16)
     return Launch(triton_parts.split_rows_kernel, (ceil_div(rows, block),), numbers, constants, warps)
@@ -131,7 +131,7 @@ def _products(device: torch.device, sizes: tuple, planes: tuple, turned: tuple, 
         whole.append(rows % ROWS == 0 and columns % width == 0 and inner % INNER == 0)
         programs.append(ceil_div(rows, ROWS) * ceil_div(columns, width) * pieces[-1])
     upper, at_below, below, columns = kept
-    step = unit(columns, 16)
+    step = unit(columns)
     numbers = (*sizes[0], *planes[:2], upper, at_below, at_below + below, columns // step, each, steps[0], programs[0])
     numbers += (*sizes[-1], *planes[-2:], steps[-1], 1.0)
     constants = {"TURN_A": turned[0], "TURN_B": turned[1], "WHOLE": whole[0], "UNIT": step, "BELOW": below > 0}

@@ -88,9 +88,10 @@ def _backward(
     grid = (features, ceil_div(samples, 256))
     place = Launch(triton_sort.place_kernel, grid, (samples, features, *cut, lo, inv_h), constants, 4)
     constants = shared | {"SCATTER_D": scatter_d} | sums | {"SCALED": scale is not None, "BASE": has_base}
-    step = unit(outputs, 16)
+    step = unit(outputs)
     constants |= {"BITS": bits, "UNIT": step, "BO": walk.block, "WHOLE": outputs % walk.block == 0, "FAR": walk.far}
-    constants |= {"FETCH": FETCHED, "FOLD": min(16 // weight_dtype.itemsize, step) if walk.block >= 256 else 0}
+    neighbours = math.gcd(outputs, 16 // weight_dtype.itemsize)
+    constants |= {"FETCH": FETCHED, "FOLD": neighbours if walk.block >= 256 else 0}
     numbers = (samples, features, outputs // step, size, *cut, inv_h)
     grid = (features, walk.stretches, ceil_div(outputs, walk.block))
     go = Launch(triton_walk.walk_kernel, grid, numbers, constants, 1, registers=walk.registers)

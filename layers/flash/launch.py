@@ -103,6 +103,9 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def unit(count: int, most: int) -> int:
-    """The largest power of two up to ``most`` that divides a number of columns: told of it, a kernel loads so many at once."""
-    return math.gcd(count, most)
+def unit(columns: int) -> int:
+    """A power of two that divides ``columns``: a kernel that is told of it loads as many numbers at a time.
+
+    Of a multiple of 16 Triton knows by itself, and then makes slightly faster code: 1.
+    """
+    return math.gcd(columns, 8) if columns % 16 else 1
