@@ -111,14 +111,13 @@ def packed_error(features: int, size: int, order: int, scaled: bool, d: int) -> 
     x = torch.randn(3, features) * 1.2
     x[0, :6] = torch.tensor([-1.0, 1.0, -1.3, 1.3, 9.0, torch.inf])
     weight, base = torch.empty(features, size + order, 1, dtype=torch.float16), torch.empty(features, 1)
-    scale = torch.rand(3, features) if scaled else None
-    values, acts = gpu_dense.basis(x, weight, base, scale, order, -1.0, 1.0, d)
-    exact, factor = x.double(), 1.0 if scale is None else scale.double()
-    wanted = dense_basis(exact, size, order, (-1.0, 1.0), derivative=d) * (scale.unsqueeze(-1) if scaled else 1)
+    factor = torch.rand(3, features) if scaled else torch.ones(3, features)
+    values, acts = gpu_dense.basis(x, weight, base, factor if scaled else None, order, -1.0, 1.0, d)
+    exact, factor = x.double(), factor.double()
+    wanted = dense_basis(exact, size, order, (-1.0, 1.0), derivative=d) * factor.unsqueeze(-1)
     got = values.double().view_as(wanted)
     assert got.ne(0).sum(-1).le(order + 1).all(), "a window holds k + 1 values"
-    here = x.isfinite()
-    silu = reference.silu(exact, d) * factor
+    here, silu = x.isfinite(), reference.silu(exact, d) * factor
     pairs = (got, wanted), (acts.double()[here], silu[here])
     return largest((a - b).abs().max() / b.abs().max().clamp(min=1e-9) for a, b in pairs)
 
