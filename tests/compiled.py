@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from layers.flash import gpu, gpu_dense, gpu_parts, triton_adam
+from layers.flash import gpu, gpu_dense, gpu_parts, gpu_tiles, triton_adam
 from layers.flash.launch import Launch
 
 CALLS = [  # B, I, O, G, the dtype of the weights, and what they meet
@@ -24,10 +24,19 @@ CALLS = [  # B, I, O, G, the dtype of the weights, and what they meet
     (256, 64, 64, 20, torch.float32),  # the walk
     (512, 64, 512, 300, torch.bfloat16),
 ]
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes for a program
 
 
-def launches(parts: bool) -> Iterator[tuple[Launch, tuple, tuple]]:
-    """Every launch of these calls, forward and backward, its tensors and numbers; with ``parts``, those of the dense route, too."""
+def tiles_for(capability: int) -> list[gpu_tiles.Tile]:
+    """Those of the products in parts, which not every GPU makes."""
+    if divmod(capability, 10) not in gpu_parts.FASTER:
+        return []
+    tiles = gpu_tiles.SMALL, gpu_tiles.LARGE, gpu_tiles.NARROW
+    return [tile for tile in tiles if tile.shared_memory() <= SHARED_MEMORY[capability]]
+
+
+def launches(tiles: list[gpu_tiles.Tile]) -> Iterator[tuple[Launch, tuple, tuple]]:
+    """Every launch of these calls, forward and backward, its tensors and numbers; the dense route with each tile."""
     made = []
 
     def note(launch, *tensors, numbers=None):
@@ -45,9 +54,13 @@ def launches(parts: bool) -> Iterator[tuple[Launch, tuple, tuple]]:
         for size, dtype in ((21, torch.float16), (120, torch.bfloat16)):
             gpu_dense.basis(x, torch.zeros(32, size + 3, 96, dtype=dtype), base.to(dtype), None, *ends, 0)
         gpu_dense.contract(x, torch.zeros(256, 32 * 8), None, weight, *ends, 1)
-        if parts:
-            gpu_dense.apply_in_parts(x, weight, base, None, *ends, 0)
-            gpu_dense.adjoint_in_parts(grad, x, weight, base, None, *ends, 1, 0)
+        for tile in tiles:
+            with mock.patch.object(
+                gpu_tiles, "planned", lambda sizes, _, tile=tile: gpu_tiles.Plan(tile, (1,) * len(sizes), 0.0)
+            ):
+                gpu_parts._products.cache_clear()
+                gpu_dense.apply_in_parts(x, weight, base, None, *ends, 0)
+                gpu_dense.adjoint_in_parts(grad, x, weight, base, None, *ends, 1, 0)
         one = torch.zeros(8, 33)
         triton_adam.update(one, one, one, one, torch.zeros((), dtype=torch.float64), 0.1, (0.9, 0.999), 1e-8)
     seen = set()
@@ -79,7 +92,7 @@ def compile_for(launch: Launch, tensors: tuple, numbers: tuple, capability: int)
 
 def main(*capabilities: int) -> None:
     for capability in capabilities:
-        kernels = [compile_for(*made, capability) for made in launches(divmod(capability, 10) in gpu_parts.FASTER)]
+        kernels = [compile_for(*made, capability) for made in launches(tiles_for(capability))]
         names = {kernel.name for kernel in kernels}
         print(f"{capability}: {len(kernels)} programs of {len(names)} kernels compiled")
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 
 from layers.bsplines import dense_basis
-from layers.flash import gpu, gpu_dense, gpu_few, gpu_parts, gpu_walk, reference, triton_adam
+from layers.flash import gpu, gpu_dense, gpu_few, gpu_parts, gpu_tiles, gpu_walk, reference, triton_adam
 
 CASES = [  # B, I, O, G, k
     (17, 3, 10, 5, 3),
@@ -34,6 +34,12 @@ DENSE_CASES = [  # the same, and an order of differentiation
     ((9, 4, 20, 4, 0), 0),
     ((65, 16, 144, 5, 2), 0),
     ((9, 5, 20, 40, 3), 1),
+]
+PLANS = [  # of products: a program's tile, pieces of the sum, two of them side by side
+    (gpu_tiles.SMALL, 3, False),
+    (gpu_tiles.SMALL, 2, True),
+    (gpu_tiles.LARGE, 2, True),
+    (gpu_tiles.NARROW, 1, False),
 ]
 PACKED_CASES = [  # I, G, k, with a scale, order of differentiation
     (8, 9, 3, False, 0),
@@ -197,17 +203,17 @@ def main(part: int = 0, parts: int = 1) -> None:
     """Checks every case, or of each ``parts`` cases the one with the number ``part``."""
     number, checked = itertools.count(), 0
     torch.use_deterministic_algorithms(True)  # memory that nobody wrote holds NaN
-    for pieces, together in ((1, False), (3, False), (2, True)):
-        gpu_parts.pieces_of = lambda sizes, _, choice=pieces: ((choice,) * len(sizes), 0.0)
-        gpu_parts.side_by_side = lambda *_, choice=together: choice
+    for tile, pieces, together in PLANS:
+        gpu_tiles.planned = lambda sizes, _, tile=tile, cut=pieces: gpu_tiles.Plan(tile, (cut,) * len(sizes), 0.0)
+        gpu_tiles.side_by_side = lambda *_, choice=together: choice
         gpu_parts._products.cache_clear()
         for case, d in DENSE_CASES:
             if next(number) % parts != part:
                 continue
-            assert largest(dense_errors(case, d)) < (1e-6 if case[3] < 10 else 1e-5), (pieces, together, case, d)
+            assert largest(dense_errors(case, d)) < (1e-6 if case[3] < 10 else 1e-5), (tile, pieces, together, case, d)
             checked += 1
         if next(number) % parts == part:
-            assert error_of_all_sizes() < 2e-5, (pieces, together)
+            assert error_of_all_sizes() < 2e-5, (tile, pieces, together)
     if next(number) % parts == part:
         assert adam_error() < 1e-6 and padding_error() < 1e-4
     for case in PACKED_CASES:

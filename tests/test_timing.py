@@ -1,6 +1,7 @@
 """The stopwatches and the benchmark: marks in order, an epoch that trains, a gate that stops wrong layers, whole rows."""
 
 import csv
+import time
 
 import pytest
 import torch
@@ -30,6 +31,16 @@ def test_eager_warms_up_then_repeats():
     assert len(calls) == 7
     with pytest.raises(ValueError, match="repeats must be an integer of at least 1, got 0"):
         timing.eager(lambda: None, "cpu", repeats=0)
+
+
+def test_calls_are_timed_in_turn():
+    called = []
+    calls = {"short": lambda: called.append("short"), ("long", 2): lambda: called.append("long") or time.sleep(0.002)}
+    times = timing.in_turn(calls, "cpu", rounds=3)
+    assert called == ["short", "long"] * 4, "once to warm up, then round by round"
+    assert list(times) == list(calls) and times["long", 2].low >= 2000 > times["short"].low
+    with pytest.raises(ValueError, match="seconds must hold at least one measurement"):
+        timing.in_turn(calls, "cpu", rounds=0)
 
 
 def test_epoch_takes_every_drawing_once_and_trains():

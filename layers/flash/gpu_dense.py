@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from layers.flash import gpu_parts, triton_dense, triton_packed
+from layers.flash import gpu_parts, gpu_tiles, triton_dense, triton_packed
 from layers.flash.launch import Launch, ceil_div, dtypes, on_device_of, remembered, unit
 
 FEWEST_ROWS, MOST_ROWS = 12, 2048  # of features whose windows are shifted: faster from, and exact products up to
@@ -42,7 +42,7 @@ def _basis(
     narrow = weight_dtype.itemsize == 2
     places = next(n for n in (8 if by or narrow else 4, 4, 2, 1) if n <= rows)  # 16 bytes
     tile = {"BB": 8 if narrow else 4, "BC": 256}
-    constants |= {"OFFSET": _offset(wide * rows), "UNIT": places, "PADDED": wide > features}
+    constants |= {"OFFSET": _offset(wide * rows), "UNIT": places, "PADDED": gpu_parts.WIDTH if wide > features else 0}
     upper, at_below, end_below, columns, height, across = matrix
     step = unit(columns)
     constants |= {"OUTPUTS": step} | tile
@@ -121,6 +121,12 @@ def _bound(weight: Tensor, order: int, lo: float, hi: float, d: int) -> float:
     return (2 * (weight.shape[1] - order) / (hi - lo)) ** d
 
 
+def _lengths(features: int, rows: int, base: Tensor | None) -> tuple[int, int]:
+    """Of a sample's padded basis values, and with SiLU's behind them, if there is a base."""
+    wide = gpu_parts.padded(features)
+    return wide * rows, wide * (rows if base is None else rows + 1)
+
+
 def factors(
     x: Tensor,
     weight: Tensor,
@@ -140,8 +146,7 @@ def factors(
     """
     (samples, features), rows, has_base = x.shape, weight.shape[1], base is not None
     by, above, below = ("sample", weight.flatten(0, 1), base) if grad is None else ("feature", grad, None)
-    (upper, outputs), wide = above.shape, gpu_parts.padded(features)
-    columns, lead = wide * rows, wide * (rows + has_base)
+    (upper, outputs), (columns, lead) = above.shape, _lengths(features, rows, base)
     largest = measure(above, below, x, scale, _bound(weight, order, lo, hi, d), d, has_base, by)
     values = gpu_parts.empty(samples, lead, x.device)
     at_below, height = (columns, lead) if grad is None else (upper, upper)
@@ -162,9 +167,10 @@ def _contract(
 ) -> Launch:
     (samples, features, rows), (_, x_dtype, weight_dtype) = shape, kinds
     constants = {"ORDER": order, "D": d, "CT": _wide(x_dtype, weight_dtype), "BASE": through_base}
-    constants |= {"OFFSET": _offset(samples * features), "BN": 128}
+    block = 128
+    constants |= {"OFFSET": _offset(samples * features), "BN": block}
     numbers = (samples * features, features, rows - order, *leads, lo, hi, (rows - order) / (hi - lo))
-    return Launch(triton_dense.contract_kernel, (ceil_div(samples * features, 128),), numbers, constants, 4)
+    return Launch(triton_dense.contract_kernel, (ceil_div(samples * features, block),), numbers, constants, 4)
 
 
 def contract(x: Tensor, products: Tensor, through_base: Tensor | None, weight: Tensor, order, lo, hi, d) -> Tensor:
@@ -203,8 +209,7 @@ def adjoint_in_parts(
     """``dot`` and ``scatter``; see ``layers/flash/reference.py``. An order of -1 leaves a result out (empty)."""
     grad, weight, base, scale = (None if t is None else t.contiguous() for t in (grad, weight, base, scale))
     (samples, features), (_, rows, outputs) = x.shape, weight.shape
-    wide, has_base = gpu_parts.padded(features), base is not None
-    columns = wide * rows
+    columns, lead = _lengths(features, rows, base)
     p = v = b = pair = products = None
 
     def dot(products: Tensor) -> Tensor:
@@ -214,13 +219,13 @@ def adjoint_in_parts(
     with on_device_of(x):
         if dot_d >= 0:
             pair = gpu_parts.split_rows(grad, weight.flatten(0, 1), base, columns)
-            lead, across = wide * (rows + has_base), gpu_parts.padded(outputs)
+            across = gpu_parts.padded(outputs)
             sizes = (lead, across, samples), (samples, lead, across)
-            if scatter_d < 0 or not gpu_parts.side_by_side(*sizes, x.device):
+            if scatter_d < 0 or not gpu_tiles.side_by_side(*sizes, x.device):
                 p, pair = dot(gpu_parts.products(*pair)[0]), None
         if scatter_d >= 0:
             values, right = factors(x, weight, base, scale, order, lo, hi, scatter_d, grad)
-            below = (columns, features if has_base else 0)
+            below = (columns, 0 if base is None else features)
             v, b, products = gpu_parts.products(values, right, outputs, features * rows, rows, below, pair)
             v = v.view(weight.shape)
         if products is not None:

@@ -6,14 +6,12 @@ the measurements.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from layers.flash import triton_few, triton_sort, triton_windows
-from layers.flash.launch import Launch, ceil_div, dtypes, multiprocessors, power_of_2, remembered, tf32_allowed
+from layers.flash.launch import Launch, ceil_div, divisor, dtypes, multiprocessors, power_of_2, remembered, tf32_allowed
 from layers.flash.reference import compute_dtype
 
 FEW_ROWS = 32  # of the gradient, up to which all samples go through the products and nothing is sorted
@@ -26,7 +24,7 @@ ADD_ROWS, ADD_OUTPUTS = 256, 16  # more rows, twice as many as samples, and no m
 @remembered
 def _forward(kinds: tuple, shape: tuple, outputs: int, order: int, lo: float, hi: float, d: int) -> Launch:
     (samples, features), (_, x_dtype, weight_dtype, base, scale) = shape[:2], kinds
-    size, width, step = shape[2] - order, max(power_of_2(outputs), 4), math.gcd(outputs, 4)
+    size, width, step = shape[2] - order, max(power_of_2(outputs), 4), divisor(outputs, 4)
     wide = torch.float64 in (x_dtype, weight_dtype)
     constants = {"ORDER": order, "D": d, "CT": tl.float64 if wide else tl.float32}
     constants |= {"SCALED": scale is not None, "BASE": base is not None, "UNIT": step}
@@ -92,7 +90,7 @@ def _backward(
     """The launch; the one that sorts before, if any; shape and dtype of the keys, none where nothing is sorted."""
     samples, features, rows = shape
     _, _, _, _, base, scale = kinds
-    size, step = rows - order, math.gcd(outputs, 4)
+    size, step = rows - order, divisor(outputs, 4)
     coarse, along = rows <= FEW_ROWS or scatter_d < 0, samples <= SORT_ALONG
     frame, chunk, warps, groups = column_shape(samples, features, rows, processors)
     grid = (lo, hi, size / (hi - lo))

@@ -8,12 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from layers.flash import triton_parts
-from layers.flash.launch import Launch, ceil_div, dtypes, multiprocessors, power_of_2, remembered, tf32_allowed, unit
+from layers.flash import gpu_tiles, triton_parts
+from layers.flash.launch import Launch, ceil_div, dtypes, power_of_2, remembered, tf32_allowed, unit
 
-ROWS, INNER = 64, 32  # of a program's product, and inner indices at a time
-TOGETHER, REGISTERS = 3, 168  # programs that a multiprocessor holds, with so many registers a thread
-STAGES = 3  # loads in flight
 # A100 and H100, whose tensor cores are 16 times as fast in float16 as other units in float32. Not measured on others.
 FASTER = {(8, 0), (9, 0)}
 WIDTH = 16  # columns that divide those of every matrix, so that all loads are 16 bytes wide
@@ -82,64 +79,27 @@ def split_rows(left: Tensor, above: Tensor, below: Tensor | None, tall: int) -> 
     return Parts(numbers[:, :end], largest[:end]), Parts(numbers[:, end:].transpose(1, 2), largest[end:])
 
 
-def _width(columns: int) -> int:
-    """Columns of a program's product."""
-    return 128 if columns > 64 else 64
-
-
-def _microseconds(sizes: tuple, pieces: tuple, processors: int) -> float:
-    """What products of these sizes (rows, columns, inner indices) take on one H200, side by side and each in pieces.
-
-    Programs are dealt out in rounds, and where the last one is not full, what is idle costs half. A program alone takes
-    nearly half of the time of three. Results of pieces have to be written and added.
-    """
-    slots, length, idle, work, sums, longest = processors * TOGETHER, 0.0, 0, 0.0, 0.0, 0.0
-    for (rows, columns, inner), cut in zip(sizes, pieces, strict=True):
-        programs = ceil_div(rows, ROWS) * ceil_div(columns, _width(columns)) * cut
-        before, length = length, inner / cut
-        longest = max(longest, length)
-        work += programs * length / slots
-        idle = -max(0, programs - idle * int(before // length)) % slots  # some fit beside those before
-        sums += 2e-6 * cut * rows * columns + 2 if cut > 1 else 0
-    return 0.038 * max(work + 0.5 * idle / slots * length, 0.45 * longest) + sums
-
-
-def pieces_of(sizes: tuple, processors: int) -> tuple[tuple[int, ...], float]:
-    """Into how many pieces the inner indices of each product are split, and the microseconds they then take together."""
-    cuts = [[n for n in (1, 2, 3, 4, 6, 8, 12, 16) if n == 1 or inner // n >= 128] for _, _, inner in sizes]
-    choices = [(n,) for n in cuts[0]] if len(cuts) == 1 else [(n, m) for n in cuts[0] for m in cuts[1]]
-    best = min(choices, key=lambda pieces: _microseconds(sizes, pieces, processors))
-    return best, _microseconds(sizes, best, processors)
-
-
-@remembered
-def side_by_side(first: tuple, second: tuple, device: torch.device) -> bool:
-    """Whether two products take less time in one launch; their memory is then needed at the same time."""
-    processors = multiprocessors(device)
-    apart = pieces_of((first,), processors)[1] + pieces_of((second,), processors)[1]
-    return pieces_of((first, second), processors)[1] < 0.95 * apart
-
-
 @remembered
 def _products(device: torch.device, sizes: tuple, planes: tuple, turned: tuple, kept: tuple, each: int) -> tuple:
     """The launch of one or two products, and the pieces that are added of each."""
-    pieces, steps, whole, programs = [], [], [], []
-    for (rows, columns, inner), cut in zip(sizes, pieces_of(sizes, multiprocessors(device))[0], strict=True):
-        width, step = _width(columns), ceil_div(ceil_div(inner, cut), INNER) * INNER
-        steps.append(step)
-        pieces.append(ceil_div(inner, step))
-        whole.append(rows % ROWS == 0 and columns % width == 0 and inner % INNER == 0)
-        programs.append(ceil_div(rows, ROWS) * ceil_div(columns, width) * pieces[-1])
+    tile, cuts, _ = gpu_tiles.planned(sizes, device)
+    pieces, steps, whole, programs, widths = [], [], [], [], []
+    for (rows, columns, inner), cut in zip(sizes, cuts, strict=True):
+        steps.append(ceil_div(ceil_div(inner, cut), tile.inner) * tile.inner)
+        pieces.append(ceil_div(inner, steps[-1]))
+        widths.append(tile.width(columns))
+        whole.append(rows % tile.rows == 0 and columns % widths[-1] == 0 and inner % tile.inner == 0)
+        programs.append(tile.programs(rows, columns) * pieces[-1])
     upper, at_below, below, columns = kept
     step = unit(columns)
     numbers = (*sizes[0], *planes[:2], upper, at_below, at_below + below, columns // step, each, steps[0], programs[0])
     numbers += (*sizes[-1], *planes[-2:], steps[-1], 1.0)
     constants = {"TURN_A": turned[0], "TURN_B": turned[1], "WHOLE": whole[0], "UNIT": step, "BELOW": below > 0}
-    constants |= {"BM": ROWS, "BN": _width(sizes[0][1]), "SECOND": len(sizes) > 1}
-    constants |= {"TURN_C": turned[-2], "TURN_D": turned[-1], "WHOLE2": whole[-1], "BN2": _width(sizes[-1][1])}
-    constants |= {"BK": INNER, "STAGES": STAGES}
-    launch = Launch(triton_parts.products_kernel, (sum(programs),), numbers, constants, 4, STAGES, REGISTERS)
-    return launch, tuple(pieces)
+    constants |= {"BM": tile.rows, "BN": widths[0], "SECOND": len(sizes) > 1}
+    constants |= {"TURN_C": turned[-2], "TURN_D": turned[-1], "WHOLE2": whole[-1], "BN2": widths[-1]}
+    constants |= {"BK": tile.inner, "STAGES": gpu_tiles.STAGES}
+    grid, kernel = (sum(programs),), triton_parts.products_kernel
+    return Launch(kernel, grid, numbers, constants, tile.warps, gpu_tiles.STAGES, tile.registers), tuple(pieces)
 
 
 def products(

@@ -14,7 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from layers.flash import triton_sort, triton_walk
-from layers.flash.launch import INTERPRETED, Launch, ceil_div, dtypes, multiprocessors, power_of_2, remembered, unit
+from layers.flash.launch import (
+    INTERPRETED,
+    Launch,
+    ceil_div,
+    divisor,
+    dtypes,
+    multiprocessors,
+    power_of_2,
+    remembered,
+    unit,
+)
 from layers.flash.reference import compute_dtype
 
 AT_ONCE = 2048  # samples; above, torch.sort is faster than one program that sorts
@@ -90,7 +100,7 @@ def _backward(
     constants = shared | {"SCATTER_D": scatter_d} | sums | {"SCALED": scale is not None, "BASE": has_base}
     step = unit(outputs)
     constants |= {"BITS": bits, "UNIT": step, "BO": walk.block, "WHOLE": outputs % walk.block == 0, "FAR": walk.far}
-    neighbours = math.gcd(outputs, 16 // weight_dtype.itemsize)
+    neighbours = divisor(outputs, 16 // weight_dtype.itemsize)
     constants |= {"FETCH": FETCHED, "FOLD": neighbours if walk.block >= 256 else 0}
     numbers = (samples, features, outputs // step, size, *cut, inv_h)
     grid = (features, walk.stretches, ceil_div(outputs, walk.block))

@@ -84,6 +84,14 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may use; a number of today's where Triton's interpreter runs on a CPU."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def tf32_allowed() -> bool:
     """Whether products in float32 may be made in TF32; ``allow_tf32`` cannot be read where this newer setting is used."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -103,9 +111,14 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def divisor(n: int, most: int) -> int:
+    """The largest power of two that divides ``n`` and is not above ``most``, one itself."""
+    return math.gcd(n, most)
+
+
 def unit(columns: int) -> int:
     """A power of two that divides ``columns``: a kernel that is told of it loads as many numbers at a time.
 
     Of a multiple of 16 Triton knows by itself, and then makes slightly faster code: 1.
     """
-    return math.gcd(columns, 8) if columns % 16 else 1
+    return divisor(columns, 8) if columns % 16 else 1

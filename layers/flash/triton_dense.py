@@ -121,7 +121,7 @@ def _silus(
         out *= up(tl.load(largest + features + i, mask=i < features, other=0))
     if PADDED:  # a slope of SiLU at 0 might be too large for these parts
         out = tl.where(here, out, 0.0)
-        here = (b < samples) & (i < tl.cdiv(features, 16) * 16)
+        here = (b < samples) & (i < tl.cdiv(features, PADDED) * PADDED)
     _store(acts + b.to(tl.int64) * lead + i, out, plane, here, PARTS)
 
 
@@ -140,8 +140,8 @@ def basis_kernel(
     A program makes BC columns of BB samples; the first ``blocks`` columns of programs are those of ``values``. OFFSET:
     the integers that count columns. UNIT <= R. With PARTS all is stored in two parts, see ``triton_parts.py``, scaled by
     what ``measure_kernel`` found, for each sample or for each feature; further programs do so with the matrix by which
-    this one will be multiplied, scaled by columns, see ``split``; it has ``units`` of OUTPUTS columns. PADDED: features are
-    not a multiple of 16, those that are missing are there, and ``matrix`` is 0 for them.
+    this one will be multiplied, scaled by columns, see ``split``; it has ``units`` of OUTPUTS columns. PADDED: 0, or
+    features are no multiple of it, those that are missing are there, and ``matrix`` is 0 for them.
     """
     tiles = tl.cdiv(samples, BB)
     pid = tl.program_id(0)

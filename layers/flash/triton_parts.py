@@ -107,8 +107,11 @@ def _product(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tall, wide = tl.cdiv(rows, BM), tl.cdiv(columns, BN)  # in programs
-    row = pid % tall * BM + tl.arange(0, BM)
-    column = pid // tall % wide * BN + tl.arange(0, BN)
+    high, flat = pid % tall, pid // tall % wide
+    if rows > columns:  # the larger matrix is read once, while the smaller one stays in the cache
+        high, flat = pid // wide % tall, pid % wide
+    row = high * BM + tl.arange(0, BM)
+    column = flat * BN + tl.arange(0, BN)
     piece = pid // (tall * wide)
     stop = tl.minimum(piece * step + step, inner)
     lead_a = rows if TURN_A else inner

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -102,21 +102,47 @@ def replayed(call: Callable[[], object], repeats: int = 15, inner: int = 10, bud
     took = _seconds(graph.replay, "cuda")
     inner = max(1, min(inner, int(budget / repeats / max(took, 1e-9))))
     repeats = max(3, min(repeats, int(budget / inner / max(took, 1e-9))))
-    seconds = []
-    for _ in range(repeats):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(inner):
-            graph.replay()
-        stop.record()
-        stop.synchronize()
-        seconds.append(start.elapsed_time(stop) / 1e3 / inner)
-    return summary(seconds)
+    return summary([_replay_seconds(graph, inner) for _ in range(repeats)])
+
+
+def _replay_seconds(graph: torch.cuda.CUDAGraph, inner: int) -> float:
+    """Of one replay, by the GPU's own clock: the mean of ``inner`` in a row."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(inner):
+        graph.replay()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3 / inner
 
 
 def timed(call: Callable[[], object], device: torch.device | str) -> Times:
     """The time of the work itself: a CUDA graph on a GPU, where launching would hide it; plain calls on a CPU."""
     return replayed(call) if torch.device(device).type == "cuda" else eager(call, device, repeats=9)
+
+
+def in_turn(
+    calls: dict[Hashable, Callable[[], object]], device: torch.device | str, rounds: int = 15, inner: int = 10
+) -> dict[Hashable, Times]:
+    """Times several calls round by round, so that what slows the machine for a while slows all of them.
+
+    Args:
+        calls: by any name, each without arguments.
+        device: "cpu" or "cuda"; on a GPU each call is recorded as a CUDA graph first, as in :func:`timed`.
+        rounds: measurements of each call, at least 1.
+        inner: replays of a measurement on a GPU.
+
+    Returns:
+        Under the name of each call its three marks.
+    """
+    seconds = {name: [] for name in calls}
+    graphs = {name: capture(call) for name, call in calls.items()} if torch.device(device).type == "cuda" else {}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seconds[name].append(_replay_seconds(graphs[name], inner) if graphs else _seconds(call, device))
+    return {name: summary(measured) for name, measured in seconds.items()}
 
 
 def peak_mib(call: Callable[[], object]) -> float:
