@@ -4,6 +4,7 @@ Triton brings its assembler with it. The launches are those that small calls mak
 a new version of Triton makes of the kernels.
 """
 
+import functools
 import sys
 from collections.abc import Iterator
 from unittest import mock
@@ -35,6 +36,10 @@ def tiles_for(capability: int) -> list[gpu_tiles.Tile]:
     return [tile for tile in tiles if tile.shared_memory() <= SHARED_MEMORY[capability]]
 
 
+def plan_for(tile: gpu_tiles.Tile, sizes: tuple, _) -> gpu_tiles.Plan:
+    return gpu_tiles.Plan(tile, (1,) * len(sizes), 0.0)
+
+
 def launches(tiles: list[gpu_tiles.Tile]) -> Iterator[tuple[Launch, tuple, tuple]]:
     """Every launch of these calls, forward and backward, its tensors and numbers; the dense route with each tile."""
     made = []
@@ -55,10 +60,9 @@ def launches(tiles: list[gpu_tiles.Tile]) -> Iterator[tuple[Launch, tuple, tuple
             gpu_dense.basis(x, torch.zeros(32, size + 3, 96, dtype=dtype), base.to(dtype), None, *ends, 0)
         gpu_dense.contract(x, torch.zeros(256, 32 * 8), None, weight, *ends, 1)
         for tile in tiles:
-            with mock.patch.object(
-                gpu_tiles, "planned", lambda sizes, _, tile=tile: gpu_tiles.Plan(tile, (1,) * len(sizes), 0.0)
-            ):
-                gpu_parts._products.cache_clear()
+            planned = mock.patch.object(gpu_tiles, "planned", functools.partial(plan_for, tile))
+            gpu_parts._products.cache_clear()
+            with planned:
                 gpu_dense.apply_in_parts(x, weight, base, None, *ends, 0)
                 gpu_dense.adjoint_in_parts(grad, x, weight, base, None, *ends, 1, 0)
         one = torch.zeros(8, 33)

@@ -8,7 +8,7 @@ route, LazyAdam.
 
 import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -191,6 +191,11 @@ def adam_error() -> float:
     return largest(map(relative, (weight, m, v), (torch.where(rows, w - step, w), m_exact, v_exact)))
 
 
+def always(tile: gpu_tiles.Tile, pieces: int, together: bool) -> tuple[Callable, Callable]:
+    """In place of ``planned`` and ``side_by_side``, whatever the products are."""
+    return lambda sizes, _: gpu_tiles.Plan(tile, (pieces,) * len(sizes), 0.0), lambda *_: together
+
+
 def change(setting: list) -> None:
     """Sets numbers of modules; launches that were built with others are forgotten."""
     for module, name, value in setting:
@@ -203,17 +208,16 @@ def main(part: int = 0, parts: int = 1) -> None:
     """Checks every case, or of each ``parts`` cases the one with the number ``part``."""
     number, checked = itertools.count(), 0
     torch.use_deterministic_algorithms(True)  # memory that nobody wrote holds NaN
-    for tile, pieces, together in PLANS:
-        gpu_tiles.planned = lambda sizes, _, tile=tile, cut=pieces: gpu_tiles.Plan(tile, (cut,) * len(sizes), 0.0)
-        gpu_tiles.side_by_side = lambda *_, choice=together: choice
+    for plan in PLANS:
+        gpu_tiles.planned, gpu_tiles.side_by_side = always(*plan)
         gpu_parts._products.cache_clear()
         for case, d in DENSE_CASES:
             if next(number) % parts != part:
                 continue
-            assert largest(dense_errors(case, d)) < (1e-6 if case[3] < 10 else 1e-5), (tile, pieces, together, case, d)
+            assert largest(dense_errors(case, d)) < (1e-6 if case[3] < 10 else 1e-5), (plan, case, d)
             checked += 1
         if next(number) % parts == part:
-            assert error_of_all_sizes() < 2e-5, (tile, pieces, together)
+            assert error_of_all_sizes() < 2e-5, plan
     if next(number) % parts == part:
         assert adam_error() < 1e-6 and padding_error() < 1e-4
     for case in PACKED_CASES:

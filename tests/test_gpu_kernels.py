@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests import ROOT
 from tests.test_operator import no_cuda
@@ -31,7 +32,7 @@ def said_by(*commands: tuple[str, ...], **variables: str) -> tuple[str, ...]:
 
 def test_the_kernels_agree_with_float64():
     said = said_by(*[("tests.interpreted", str(half), "2") for half in range(2)], TRITON_INTERPRET="1")
-    assert sum(int(text.split(" cases agree")[0]) for text in said) == 142
+    assert sum(int(text.split(" cases agree")[0]) for text in said) == 148
 
 
 def test_the_kernels_compile(tmp_path):
@@ -40,13 +41,53 @@ def test_the_kernels_compile(tmp_path):
     assert old.endswith("of 14 kernels compiled\n") and new.endswith("of 17 kernels compiled\n"), old + new
 
 
+@pytest.fixture(params=range(4))
+def products(request, monkeypatch):
+    """Products in parts made by one of the tiles, whatever their sizes; it says how wrong they are."""
+    pytest.importorskip("triton")
+    from layers.flash import gpu_parts, gpu_tiles
+    from tests import interpreted
+
+    planned, side_by_side = interpreted.always(*interpreted.PLANS[request.param])
+    monkeypatch.setattr(gpu_tiles, "planned", planned)
+    monkeypatch.setattr(gpu_tiles, "side_by_side", side_by_side)
+    gpu_parts._products.cache_clear()
+    yield interpreted
+    gpu_parts._products.cache_clear()
+
+
 @pytest.mark.gpu
 @no_cuda
-def test_products_in_parts_of_numbers_of_all_sizes():
+def test_products_in_parts_of_numbers_of_all_sizes(products):
     """float16 has a small range; this must not show."""
-    from tests.interpreted import error_of_all_sizes
+    assert products.error_of_all_sizes("cuda") < 2e-5
 
-    assert error_of_all_sizes("cuda") < 2e-5
+
+@pytest.mark.gpu
+@no_cuda
+@pytest.mark.parametrize("case", ((300, 40, 200, 5, 3), (1030, 33, 129, 4, 2), (129, 70, 64, 9, 3)))
+def test_products_in_parts_of_odd_sizes(products, case):
+    with torch.device("cuda"):
+        assert products.largest(products.dense_errors(case, 0)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "product, tile",
+    (
+        ((1024, 512, 12288), "LARGE"),  # 76 µs, by SMALL 84
+        ((4096, 1024, 9216), "LARGE"),  # 392, 566
+        ((4608, 512, 1024), "SMALL"),  # 39, by LARGE 52
+        ((1024, 4608, 512), "SMALL"),  # 40, by LARGE 42
+        ((7056, 64, 1024), "NARROW"),  # 13.5, by SMALL 16
+        ((1024, 64, 18816), "NARROW"),  # 31, 40
+    ),
+)
+def test_the_tile_that_was_measured_to_be_faster(product, tile):
+    from layers.flash import gpu_tiles
+
+    h200, a100 = (132, 227 * 1024), (108, 163 * 1024)
+    assert gpu_tiles.plan((product,), *h200).tile is getattr(gpu_tiles, tile)
+    assert gpu_tiles.plan((product,), *a100).tile is not gpu_tiles.LARGE, "it does not fit into the shared memory"
 
 
 def test_no_part_of_a_sum_over_features_is_empty():

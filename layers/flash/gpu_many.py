@@ -26,7 +26,7 @@ def many_tile(
     bb, bo, warps, together = 64, 64, 2, 8
     if narrow:
         bb, warps, together = 32, 1, 12
-    elif rows <= 64:
+    elif rows <= 64 or outputs % 2:  # rows of an odd length are loaded number by number
         bb, warps = 32, 1
     elif rows > 256 and samples >= 512 and outputs > 64:
         bb, bo, warps = (128, 64, 4) if rows <= 700 else (256, 32, 4)
