@@ -12,7 +12,8 @@ import torch
 from layers.flash.launch import ceil_div, multiprocessors, remembered, shared_memory
 
 STAGES = 3  # loads in flight
-GAIN = 0.95  # of the time that SMALL takes: a difference that the rule does not see is not worth another tile
+GAIN = 0.95  # of the time that another way takes: less is not worth another tile, or much memory
+MUCH = 2**27  # bytes of a product
 
 
 class Tile(NamedTuple):
@@ -107,4 +108,5 @@ def planned(sizes: tuple, device: torch.device) -> Plan:
 def side_by_side(first: tuple, second: tuple, device: torch.device) -> bool:
     """Whether two products take less time in one launch; their memory is then needed at the same time."""
     apart = planned((first,), device).time + planned((second,), device).time
-    return planned((first, second), device).time < apart
+    much = 4 * second[0] * second[1] > MUCH
+    return planned((first, second), device).time < (GAIN if much else 1) * apart
