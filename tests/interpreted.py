@@ -28,16 +28,16 @@ WIDE = (20, 2, 520, 9, 3)
 WAYS = [(False, 0), (True, 1), (True, 2)]  # with a scale, order of differentiation
 SOME = CASES[:1] + CASES[-2:]
 DENSE_CASES = [  # the same, and an order of differentiation
-    ((40, 19, 40, 5, 3), 1),
+    ((40, 19, 72, 4, 3), 1),
     ((7, 3, 33, 6, 1), 0),
     ((9, 4, 20, 3, 5), 2),
     ((9, 4, 20, 4, 0), 0),
     ((65, 16, 144, 5, 2), 0),
+    ((64, 16, 64, 5, 3), 0),  # whole tiles, but for the inner indices
     ((9, 5, 20, 40, 3), 1),
 ]
 PLANS = [  # of products: a program's tile, pieces of the sum, two of them side by side
     (gpu_tiles.SMALL, 3, False),
-    (gpu_tiles.SMALL, 2, True),
     (gpu_tiles.LARGE, 2, True),
     (gpu_tiles.NARROW, 1, False),
 ]
