@@ -209,7 +209,7 @@ def dense_basis(
     degree = max(spline_order - derivative, 0)
     starts = torch.arange(-spline_order, grid_size + spline_order, device=x.device, dtype=f.dtype)
     # 1 / degree! goes in at the start, which saves a division of the whole tensor at every step.
-    basis = (cell.to(f.dtype).unsqueeze(-1) == starts).to(f.dtype).div_(math.factorial(degree))
+    basis = (cell.to(f.dtype).unsqueeze(-1) == starts).to(f.dtype).div_(float(math.factorial(degree)))
     # t counts intervals from the start of each support; only the rows around the sample's cell have a use for it.
     t = (f + cell.to(f.dtype)).unsqueeze(-1) - starts
     for d in range(1, degree + 1):

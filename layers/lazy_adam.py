@@ -7,6 +7,8 @@ from torch import Tensor
 
 from layers.flash import dispatch
 
+NOT_HERE = ("weight_decay", "amsgrad", "maximize")  # of Adam, and would be lost in silence if its state is loaded
+
 
 class LazyAdam(torch.optim.Optimizer):
     """Adam on the rows (last dimension) whose gradient is not zero; weights and moments of all others stay as they are.
@@ -27,23 +29,36 @@ class LazyAdam(torch.optim.Optimizer):
         betas: decay of the two moments a step, each in [0, 1), default (0.9, 0.999).
         eps: added to the root of the second moment, at least 0, default 1e-8.
 
-    Raises ``ValueError`` naming the argument. Source: Kingma and Ba, arXiv 1412.6980, algorithm 1.
+    The state of a ``torch.optim.Adam`` can be loaded, if it was made without weight decay and the like.
+
+    Raises ``TypeError`` or ``ValueError`` naming the argument. Source: Kingma and Ba, arXiv 1412.6980, algorithm 1.
     """
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         if not lr >= 0:
             raise ValueError(f"lr must be at least 0, got {lr!r}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must lie in [0, 1), got {betas!r}")
+        if not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
         if not eps >= 0:
             raise ValueError(f"eps must be at least 0, got {eps!r}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        found = {weight.dtype for weight in self.param_groups[-1]["params"]} - {torch.float32, torch.float64}
+        if found:
+            self.param_groups.pop()
+            raise TypeError(f"params must be float32 or float64, got {found.pop()}")
+
     def __setstate__(self, state: dict) -> None:
+        for group in state["param_groups"]:
+            if found := [name for name in NOT_HERE if group.get(name)]:
+                raise ValueError(f"LazyAdam has no {found[0]}, and the state to be loaded was made with it")
         super().__setstate__(state)
-        # PyTorch moves what it loads to the weights, but for a step count, which the kernel reads on their device.
+        # PyTorch moves what it loads to the weights, but for a step count, which the kernel reads on their device. That of
+        # torch.optim.Adam is a float32, and on the CPU.
         for weight, kept in self.state.items():
-            kept["step"] = kept["step"].to(weight.device)
+            kept["step"] = torch.as_tensor(kept["step"], dtype=torch.float64, device=weight.device)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -63,7 +78,9 @@ class LazyAdam(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(weight, memory_format=torch.contiguous_format)
                     state["exp_avg_sq"] = torch.zeros_like(weight, memory_format=torch.contiguous_format)
                 state["step"] += 1
-                _update(weight, weight.grad.contiguous(), *state.values(), group["lr"], group["betas"], group["eps"])
+                moments = state["exp_avg"], state["exp_avg_sq"]
+                grad = weight.grad.contiguous()
+                _update(weight, grad, state["step"], *moments, group["lr"], group["betas"], group["eps"])
         return loss
 
 

@@ -70,6 +70,8 @@ def _transposed(d: Tensor, into: Tensor) -> Tensor:
 class _SumOfSquares(torch.autograd.Function):
     """``scale * |D c|^2``, where ``D`` takes the differences of ``order``."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(weight: Tensor, order: int, scale: float) -> Tensor:
         parts = [_differences(part, order).flatten() for (part,) in _groups(weight)]
@@ -87,6 +89,8 @@ class _SumOfSquares(torch.autograd.Function):
 
 class _Gradient(torch.autograd.Function):
     """``factor * D^T D c``: linear in ``c`` and in the 0-dimensional ``factor``, and its own transpose."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, factor: Tensor, order: int) -> Tensor:

@@ -92,6 +92,13 @@ def test_local_equals_dense(grid_size, spline_order):
             assert (local - dense).abs().max() <= tolerance * (grid_size / 2) ** derivative
 
 
+def test_a_degree_whose_factorial_has_more_than_64_bits():
+    x = torch.rand(100, dtype=torch.float64) * 2 - 1
+    values = dense_basis(x, 5, 21)
+    assert torch.allclose(values, spread(x, 5, 21), rtol=0, atol=1e-12)
+    assert torch.allclose(values.sum(-1), torch.ones_like(x), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("function", (spread, dense_basis))
 @pytest.mark.parametrize("spline_order", ORDERS)
 def test_autograd_gives_the_derivatives(function, spline_order):

@@ -1,5 +1,7 @@
 """LazyAdam: Adam where there is a gradient, rest where there is none."""
 
+import copy
+
 import pytest
 import torch
 
@@ -96,6 +98,48 @@ def test_a_loaded_state_lies_where_the_weights_are():
     assert {kept.device.type for kept in other.state[other.param_groups[0]["params"][0]].values()} == {"meta"}
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("fused", (False, True))
+def test_the_state_of_an_adam_can_be_loaded(device, fused, way):
+    """Whose step count is a float32, for a plain one on the CPU."""
+    lazy, plain = copies((5, 9), device, torch.float32)
+    plain.grad = torch.ones_like(plain)
+    adam, first = torch.optim.Adam([plain], fused=fused), LazyAdam([torch.nn.Parameter(lazy.detach().clone())])
+    first.param_groups[0]["params"][0].grad = torch.ones_like(lazy)
+    first.step()  # a kernel is known before
+    adam.step()
+    with torch.no_grad():
+        lazy.copy_(plain)
+    other = LazyAdam([lazy])
+    other.load_state_dict(copy.deepcopy(adam.state_dict()))  # PyTorch would share the moments
+    assert other.state[lazy]["step"].dtype == torch.float64 and other.state[lazy]["step"].device == lazy.device
+    for _ in range(2):
+        lazy.grad = torch.rand_like(lazy) + 0.1
+        plain.grad = lazy.grad.clone()
+        other.step()
+        adam.step()
+    assert (lazy - plain).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("option", ("weight_decay", "amsgrad", "maximize"))
+def test_the_state_of_another_algorithm_is_refused(option):
+    weight, _ = copies((5, 9), "cpu", torch.float32)
+    weight.grad = torch.ones_like(weight)
+    adam, other = torch.optim.Adam([weight], **{option: 0.1 if option == "weight_decay" else True}), LazyAdam([weight])
+    adam.step()
+    with pytest.raises(ValueError, match=f"LazyAdam has no {option}"):
+        other.load_state_dict(adam.state_dict())
+    assert not other.state and other.param_groups[0]["lr"] == 1e-3
+
+
+def test_narrow_weights_are_refused():
+    weight, narrow = (torch.nn.Parameter(torch.ones(2, dtype=dtype)) for dtype in (torch.float32, torch.float16))
+    adam = LazyAdam([weight])
+    with pytest.raises(TypeError, match=r"float32 or float64, got torch\.float16"):
+        adam.add_param_group({"params": [narrow]})
+    assert len(adam.param_groups) == 1
+
+
 @pytest.mark.gpu
 @no_cuda
 def test_a_captured_step_counts_on():
@@ -115,7 +159,13 @@ def test_a_captured_step_counts_on():
 
 @pytest.mark.parametrize(
     "numbers, name",
-    [({"lr": -1}, "lr"), ({"lr": float("nan")}, "lr"), ({"betas": (0.9, 1)}, "betas"), ({"eps": -1}, "eps")],
+    [
+        ({"lr": -1}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+        ({"betas": (0.9, 1)}, "betas"),
+        ({"betas": (0.9,)}, "betas"),
+        ({"eps": -1}, "eps"),
+    ],
 )
 def test_bad_numbers_are_named(numbers, name):
     with pytest.raises(ValueError, match=name):

@@ -102,6 +102,13 @@ def test_groups_do_not_matter(monkeypatch, numbers):
     assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12 * theirs.abs().max().item())
 
 
+def test_vmap_over_gradients():  # of an ensemble
+    weights = torch.rand(3, 4, 9, 2, dtype=torch.float64)
+    slope = torch.func.grad(lambda weight: smoothness(weight, 6))
+    got = torch.func.vmap(slope)(weights)
+    assert torch.allclose(got, torch.stack([slope(weight) for weight in weights]), rtol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrow_weights(dtype):
     weight = torch.randn(6, 103, 4).to(dtype).requires_grad_()
