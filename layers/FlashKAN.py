@@ -29,5 +29,5 @@ class FlashKAN(KANLayer):
         weight = self.base_weight if fused else None
         y = flash_kan(x, self.spline_weight, weight, self.spline_order, self.grid_range)
         if self.base_weight is not None and not fused:
-            y = y + (self.base_activation(x).to(self.base_weight.dtype) @ self.base_weight).to(y.dtype)
+            y = y + (self.activate(x).to(self.base_weight.dtype) @ self.base_weight).to(y.dtype)
         return y

@@ -25,5 +25,5 @@ class KANLinear(KANLayer):
         weight = self.spline_weight.reshape(-1, self.out_features)  # Shape: (I * R, O)
         y = basis.reshape(-1, weight.shape[0]).to(weight.dtype) @ weight
         if self.base_weight is not None:
-            y = y + self.base_activation(x).to(weight.dtype) @ self.base_weight
+            y = y + self.activate(x).to(weight.dtype) @ self.base_weight
         return y.to(dtype).reshape(*lead, self.out_features)

@@ -21,7 +21,7 @@ class Regular_KAN(KANLayer):
         basis = dense_basis(x, self.grid_size, self.spline_order, self.grid_range)  # Shape: (*, R)
         curve = (basis.to(self.dtype_of(x)) * self.spline_weight[i, :, o]).sum(-1)
         if self.base_weight is not None:
-            curve = curve + self.base_weight[i, o] * self.base_activation(x)
+            curve = curve + self.base_weight[i, o] * self.activate(x)
         return curve
 
     def dtype_of(self, x: Tensor) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from numbers import Integral
 
@@ -71,14 +72,16 @@ class KANLayer(nn.Module):
         self.grid_range = check_grid(grid_size, spline_order, grid_range)
         self.in_features, self.out_features = int(in_features), int(out_features)
         self.grid_size, self.spline_order = int(grid_size), int(spline_order)
-        if inspect.isclass(base_activation):
-            base_activation = base_activation()
-        if base_activation is not None and not callable(base_activation):
-            raise TypeError(f"base_activation must be a module, a function or None, got {base_activation!r}")
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be floating, got {dtype}")
-        self.base_activation = base_activation
         place = {"device": device, "dtype": dtype}
+        if inspect.isclass(base_activation):
+            base_activation = base_activation()
+            if isinstance(base_activation, nn.Module):
+                base_activation.to(**place)  # nn.PReLU has a weight
+        if base_activation is not None and not callable(base_activation):
+            raise TypeError(f"base_activation must be a module, a function or None, got {base_activation!r}")
+        self.base_activation = base_activation
         self.spline_weight = nn.Parameter(torch.empty(self.in_features, self.rows, self.out_features, **place))
         if base_activation is None:
             self.register_parameter("base_weight", None)
@@ -114,7 +117,7 @@ class KANLayer(nn.Module):
         drawn = torch.randn(self.in_features, coarse, self.out_features, device=weight.device) * scale
         weight.copy_(torch.matmul(spread.to(drawn), drawn))
         if self.base_weight is not None:
-            act = self.base_activation(x.to(self.base_weight.device, torch.float32))
+            act = self.activate(x.to(self.base_weight.device, torch.float32))
             mean_square = act.double().square().mean().clamp(min=1e-6)
             self.base_weight.normal_().mul_(((1 - share) / (self.in_features * mean_square)).sqrt())
 
@@ -126,6 +129,12 @@ class KANLayer(nn.Module):
             raise TypeError(f"x must have a floating dtype, got {x.dtype}; convert it with x.float()")
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must have shape (*, {self.in_features}), got {tuple(x.shape)}")
+
+    def activate(self, x: Tensor) -> Tensor:
+        """``base_activation(x)``: in the wider dtype of ``x`` and the weights, or in that of its own weights if any."""
+        own = self.base_activation.parameters() if isinstance(self.base_activation, nn.Module) else ()
+        wider = torch.promote_types(x.dtype, self.base_weight.dtype)
+        return self.base_activation(x.to(next((p.dtype for p in own), wider)))
 
     def smoothness(self, order: int = 2) -> Tensor:
         """How rough the splines are: the mean over all curves of the mean squared derivative of ``order`` (default 2).
@@ -144,18 +153,25 @@ class KANLayer(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The grid, saved beside the weights as float64 ``[lo, hi, k]``: weights mean nothing on another grid."""
-        return torch.tensor([*self.grid_range, self.spline_order], dtype=torch.float64)
+        return torch.tensor([*self.grid_range, self.spline_order], dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         lo, hi, order = state.tolist()
-        if (lo, hi) != self.grid_range or order != self.spline_order:
+        # A state that was cast, or averaged over copies, holds the same numbers but for their rounding.
+        rounding = torch.finfo(state.dtype).eps + 1e-14
+        same = all(math.isclose(a, b, rel_tol=rounding) for a, b in zip((lo, hi), self.grid_range, strict=True))
+        if not same or round(order) != self.spline_order:
             raise ValueError(
-                f"the saved weights belong to spline_order={order:.0f}, grid_range=({lo:g}, {hi:g}); this layer has "
-                f"spline_order={self.spline_order}, grid_range=({self.grid_range[0]:g}, {self.grid_range[1]:g})"
+                f"the saved weights belong to spline_order={order:.0f}, grid_range=({lo:.9g}, {hi:.9g}); this layer has "
+                f"spline_order={self.spline_order}, grid_range=({self.grid_range[0]:.9g}, {self.grid_range[1]:.9g})"
             )
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, local, strict, missing, unexpected, errors) -> None:
         # PyTorch hands over the extra state after the weights; here it decides whether they may be copied at all.
-        if prefix + "_extra_state" in state_dict:
-            self.set_extra_state(state_dict[prefix + "_extra_state"])
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        try:
+            if prefix + "_extra_state" in state_dict:
+                self.set_extra_state(state_dict[prefix + "_extra_state"])
+        except ValueError as error:  # goes into the one RuntimeError that PyTorch raises in the end
+            errors.append(f"{prefix}{type(self).__name__}: {error}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local, strict, missing, unexpected, errors)

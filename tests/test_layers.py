@@ -238,6 +238,55 @@ def test_a_layer_inside_a_model_refuses_too(kind):
         model.load_state_dict(other.state_dict())
 
 
+def test_the_refusal_names_the_layer(kind):
+    model, other = (nn.Sequential(kind(4, 3), kind(3, 2, spline_order=k)) for k in (3, 2))
+    with pytest.raises(RuntimeError, match=rf"1\.{kind.__name__}: .* belong to spline_order=2"):
+        model.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+def test_a_state_that_was_cast_or_averaged_is_taken(kind, dtype):
+    a, b = (kind(4, 3, grid_range=(-1.1, 0.3)) for _ in range(2))
+    cast = {name: t.to(dtype) for name, t in a.state_dict().items()}
+    b.load_state_dict(cast)
+    assert b.grid_range == (-1.1, 0.3)
+    assert torch.equal(b.spline_weight, a.spline_weight.to(dtype).float())
+    b.load_state_dict({name: torch.stack([t] * 6).mean(0) for name, t in a.state_dict().items()})
+    with pytest.raises(RuntimeError, match="grid_range"):
+        kind(4, 3, grid_range=(-1.12, 0.3)).load_state_dict(cast)
+    with pytest.raises(RuntimeError, match="grid_range"):
+        kind(4, 3, grid_range=(-1.1000001, 0.3)).load_state_dict(a.state_dict())
+
+
+def test_a_default_device_does_not_move_the_saved_grid(kind):
+    a, b = kind(4, 3), kind(4, 3)
+    with torch.device("meta"):
+        b.load_state_dict(a.state_dict())
+    assert torch.equal(a.spline_weight, b.spline_weight)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float16))
+def test_an_activation_with_parameters_follows_device_and_dtype(kind, dtype):
+    layer = kind(4, 3, base_activation=nn.PReLU, dtype=dtype)
+    x = torch.rand(5, 4)
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+    assert layer(x).dtype == torch.promote_types(dtype, torch.float32) and layer(x.to(dtype)).dtype == dtype
+    layer.double().reset_parameters()
+    assert kind(4, 3, base_activation=nn.PReLU, device="meta").base_activation.weight.is_meta
+
+
+@pytest.mark.parametrize("base_activation", (nn.SiLU, nn.GELU))
+def test_narrow_inputs_meet_wide_weights(base_activation):
+    """The base branch is computed in the wider dtype by all three."""
+    layers = [kind(4, 3, base_activation=base_activation) for kind in KINDS]
+    for layer in layers[1:]:
+        layer.load_state_dict(layers[0].state_dict())
+    x = torch.rand(50, 4).bfloat16()
+    y = [layer(x) for layer in layers]
+    assert torch.allclose(y[0], y[1], atol=1e-6) and torch.allclose(y[0], y[2], atol=1e-6)
+    assert torch.allclose(y[0], layers[0](x.float()), atol=1e-6)
+
+
 def test_copies_answer_the_same(kind, tmp_path):
     layer = kind(4, 3, 7, 2, grid_range=(0, 3), base_activation=nn.GELU)
     x = torch.rand(5, 4) * 3
