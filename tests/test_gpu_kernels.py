@@ -90,6 +90,16 @@ def test_the_tile_that_was_measured_to_be_faster(product, tile):
     assert gpu_tiles.plan((product,), *a100).tile is not gpu_tiles.LARGE, "it does not fit into the shared memory"
 
 
+@pytest.mark.parametrize("count", (1, 300, 2**16 * 256, 2**28))
+def test_no_axis_of_a_grid_is_longer_than_cuda_allows(count):
+    from layers.flash.launch import block, ceil_div
+
+    for least in (32, 256, 1024):
+        each = block(count, least)
+        assert each >= least and each & (each - 1) == 0 and ceil_div(count, each) < 2**16
+    assert block(10**6, 32) == 32, "what is allowed stays as it was"
+
+
 def test_no_part_of_a_sum_over_features_is_empty():
     """A program without features would read beyond the windows of the last one."""
     pytest.importorskip("triton")

@@ -12,10 +12,12 @@ import inspect
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from torch import nn
 
 from layers import FlashKAN, KANLinear
 from layers.bsplines import dense_basis, knots, local_basis, window_rows
-from layers.flash import flash_kan
+from layers.flash import dispatch, flash_kan, reference
 from layers.flash.operator import NOT_NEEDED, adjoint_op, apply_op
 from tests import ROOT
 from tests.reference64 import Layer64, knot_positions
@@ -390,6 +392,62 @@ def test_dtypes(inputs, weights, route, device):
     assert (x.grad.dtype, weight.grad.dtype, base.grad.dtype) == (inputs, weights, weights)
 
 
+@pytest.mark.parametrize("inputs, weights, bases", ((64, 32, 32), (32, 32, 16), (32, 16, 32), (16, 32, 64)))
+def test_dtypes_that_differ(inputs, weights, bases, route, device):
+    """Sums are made in float64 if ``x`` has it, and no worse than the narrowest weights allow."""
+    dtypes = {64: torch.float64, 32: torch.float32, 16: torch.bfloat16}
+    rng = torch.Generator().manual_seed(1)
+    shapes = ((300, 16), (16, 8, 64), (16, 64), (300, 64))
+    x, weight, base, g = (torch.rand(shape, generator=rng, dtype=torch.float64) for shape in shapes)
+    x, weight, base = (
+        t.to(device, dtypes[n]) for t, n in zip((x, weight, base), (inputs, weights, bases), strict=True)
+    )
+    leaves = [t.requires_grad_() for t in (x, weight, base)]
+    y = flash_kan(*leaves, route=route)
+    exact_leaves = [t.detach().double().requires_grad_() for t in leaves]
+    exact = flash_kan(*exact_leaves, route="reference")
+    g = g.to(y)
+    assert y.dtype == torch.promote_types(x.dtype, weight.dtype)
+    limit = 1e-12 if inputs == 64 else 1e-5 if min(weights, bases) == 32 else 2e-2
+    got = (y, *torch.autograd.grad(y, leaves, g))
+    needed = (exact, *torch.autograd.grad(exact, exact_leaves, g.double()))
+    for name, a, b, leaf in zip(("y", "x", "weight", "base"), got, needed, (y, *leaves), strict=True):
+        error, own = (a.double() - b).norm() / b.norm(), torch.finfo(leaf.dtype).eps
+        assert a.dtype == leaf.dtype and error <= limit + own, f"{name}: off by {error:.1e}"
+
+
+@pytest.mark.parametrize("size", (1e6, 1e-9))
+def test_large_and_small_gradients_of_weights_in_float16(size, route, device):
+    """float16 itself ends at 65,504 and at 6e-8; a gradient in float32 on its way to ``x`` does not."""
+    rng = torch.Generator().manual_seed(1)
+    x, weight, base, g = (torch.randn(s, generator=rng) for s in ((300, 16), (16, 8, 64), (16, 64), (300, 64)))
+    x, weight, base = x.to(device).requires_grad_(), weight.to(device).half(), base.to(device).half()
+    y = flash_kan(x, weight, base, route=route)
+    (got,) = torch.autograd.grad(y, x, size * g.to(device), retain_graph=True)
+    (needed,) = torch.autograd.grad(y, x, g.to(device))
+    assert (got / size - needed).norm() < 5e-3 * needed.norm()
+    weight.requires_grad_()
+    g = 3e4 * torch.rand(g.shape, generator=rng).to(device)  # 300 of them are more than float16 holds, in parts less
+    got, needed = (
+        torch.autograd.grad(flash_kan(x, weight, base, route=r), weight, g * 1e-3)[0] for r in (route, "reference")
+    )
+    assert needed.isfinite().all() and (got.float() - needed).norm() < 5e-3 * needed.float().norm()
+
+
+@pytest.mark.parametrize("bad", (math.nan, math.inf))
+def test_a_bad_gradient_stays_with_its_sample(bad, route, device):
+    x = (torch.rand(6, 4, device=device) * 2 - 1).requires_grad_()
+    weight, base = torch.rand(4, 8, 3, device=device).half(), torch.rand(4, 3, device=device).half()
+    y = flash_kan(x, weight, base, route=route)
+    g = torch.rand_like(y)
+    (needed,) = torch.autograd.grad(y, x, g, retain_graph=True)
+    g[2] = bad
+    (got,) = torch.autograd.grad(y, x, g)
+    others = torch.tensor([0, 1, 3, 4, 5], device=device)
+    assert not got[2].isfinite().any()
+    assert torch.allclose(got[others], needed[others], rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("shape", ((4,), (0, 4), (2, 0, 4), (2, 3, 4), (1, 2, 1, 4)))
 def test_leading_shapes(shape, route, device):
     x = (torch.rand(shape, device=device) * 2.4 - 1.2).requires_grad_()
@@ -623,6 +681,26 @@ def test_vmap(in_dims, route, device):
         assert torch.allclose(got[n], flash_kan(*picked, route=route), rtol=1e-12, atol=1e-12)
 
 
+def test_vmap_over_nothing(route, device):
+    weight = torch.rand(4, 8, 3, device=device)
+    got = torch.func.vmap(lambda x: flash_kan(x, weight, route=route))(torch.rand(0, 4, device=device))
+    assert got.shape == (0, 3)
+
+
+@pytest.mark.parametrize("function", (torch.autograd.functional.jacobian, torch.autograd.functional.hessian))
+def test_batched_gradients(function, route, device):
+    """``vectorize=True`` is ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    x, weight, base = (t.detach() for t in double_inputs(device))
+
+    def of(x, weight):
+        y = flash_kan(x, weight, base, route=route).sin()
+        return y if function is torch.autograd.functional.jacobian else y.sum()
+
+    got, needed = (function(of, (x, weight), vectorize=both) for both in (True, False))
+    for a, b in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(needed), strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_gradients_of_every_sample(route, device):
     """vmap over grad: how gradients of single samples are computed."""
     x, weight, base = (t.detach() for t in double_inputs(device))
@@ -715,6 +793,13 @@ def test_autocast_narrows_the_weights_and_not_the_position(narrow, route, device
             ValueError,
             r"spline_weight must have shape .* k = 3, got \(4, 3, 3\)",
         ),
+        ({"spline_weight": torch.rand(4, 8, 0)}, ValueError, r"O >= 1 .* got \(4, 8, 0\)"),
+        (
+            {"spline_weight": torch.rand(4, 8, 3, device="meta")},
+            ValueError,
+            "spline_weight .*where x is, on cpu, got meta",
+        ),
+        ({"base_weight": torch.rand(4, 3, device="meta")}, ValueError, "base_weight .*where x is, on cpu, got meta"),
         ({"base_weight": torch.rand(3, 4)}, ValueError, r"base_weight must have shape \(4, 3\), got \(3, 4\)"),
         ({"spline_order": -1}, ValueError, "spline_order must be at least 0, got -1"),
         ({"spline_order": 2.5}, TypeError, "spline_order must be an integer, got 2.5"),
@@ -735,6 +820,63 @@ def test_bad_arguments(change, error, words):
 def test_the_function_is_documented():
     for argument in inspect.signature(flash_kan).parameters:
         assert f"{argument}:" in flash_kan.__doc__, f"the docstring of flash_kan does not explain {argument}"
+
+
+def test_a_default_device_changes_nothing(route):
+    x, weight, base = torch.rand(5, 4).requires_grad_(), torch.rand(4, 8, 3), torch.rand(4, 3)
+    needed = flash_kan(x, weight, base, route=route)
+    with torch.device("meta"):
+        got = flash_kan(x, weight, base, route=route)
+        (slope,) = torch.autograd.grad(got, x, torch.ones_like(got))
+    assert torch.equal(got, needed) and slope.device.type == "cpu"
+
+
+def test_other_devices_run_on_plain_pytorch():
+    class Elsewhere(NamedTuple):
+        """What the rule looks at of a tensor on a device without kernels of its own, an Apple GPU."""
+
+        device: torch.device = torch.device("mps")
+        is_cuda: bool = False
+
+    assert dispatch.kernels(Elsewhere(), torch.rand(4, 8, 3), 3, 0, "auto") is reference
+
+
+def test_cpu_kernels_are_made_again_when_the_vectors_change(tmp_path):
+    """Numba itself looks only at the file in which a kernel is written."""
+    pytest.importorskip("numba")
+    shutil.copytree(ROOT / "layers", tmp_path / "layers", ignore=shutil.ignore_patterns("__pycache__"))
+    program = (
+        "import torch; from layers.flash import flash_kan; x = torch.zeros(2, 1, requires_grad=True); "
+        "flash_kan(x, torch.ones(1, 4, 2), route='local').sum().backward(); print(x.grad.sum().item())"
+    )
+    said = []
+    for number in ("-0.0", "1000.0"):
+        vectors = tmp_path / "layers" / "flash" / "vectors.py"
+        source = vectors.read_text()
+        assert source.count("-0.0") == 1, "a sum begins with the zero that changes nothing"
+        vectors.write_text(source.replace("-0.0", number))
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+        run = subprocess.run(
+            [sys.executable, "-c", program], check=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        said.append(float(run.stdout))
+    assert abs(said[0]) < 1e-6 and said[1] > 1000
+
+
+def test_cpu_kernels_without_a_folder_to_keep_them(monkeypatch):
+    cpu = dispatch.cpu_kernels()
+    if cpu is None:
+        pytest.skip("Numba is not installed")
+    asked = []
+
+    def njit(cache=False, **options):
+        asked.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(cpu.numba, "njit", njit)
+    assert cpu.compiled()(abs) is abs and asked == [True, False]
 
 
 def test_cpu_kernels_are_compiled_once_and_found_again(tmp_path):

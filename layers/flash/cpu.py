@@ -19,8 +19,10 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 
 from layers.bsplines import knots
+from layers.flash import vectors
 from layers.flash.reference import compute_dtype, silu_terms
 from layers.flash.vectors import first, fma, load, store, total
 
@@ -41,6 +44,22 @@ CHUNKS = 4  # for each thread: one that is held up by other work leaves the rest
 COPIES_NUMBERS = 2**26  # the chunks' copies of y together stay below this many numbers
 FEW_NUMBERS = 2**20  # and with more than this, there is only one for each thread
 ALONE = 2**14  # samples times features times outputs that one thread does before two would have started
+# Numba finds what it compiled again as long as this file is the same. Kernels capture this number, as they are made of that
+# file too.
+VECTORS = zlib.crc32(Path(vectors.__file__).read_bytes())
+
+
+def compiled(**options):
+    """Numba's decorator for a kernel; what it compiles is kept in a folder, where there is one that may be written to."""
+    options |= {"nogil": True}
+
+    def decorate(function):
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # the library's folder is read-only, and the user has none
+            return numba.njit(**options)(function)
+
+    return decorate
 
 
 # Functions of the module, not closures: what a compiled function captures goes into the name under which Numba keeps
@@ -209,11 +228,12 @@ def _apply(order: int, d: int, lanes: int, single: bool, base: bool, real):
     needs in registers. A vector that crosses a line of the cache takes two loads: where samples outnumber rows, those of
     a feature are copied to where none does.
     """
-    width, whole_line = order + 1, lanes * real(0).itemsize >= 64
+    width, whole_line, made_of = order + 1, lanes * real(0).itemsize >= 64, VECTORS
     now, before = silu_terms(d)
 
-    @numba.njit(nogil=True, fastmath=AS_WRITTEN, error_model="numpy", cache=True)
+    @compiled(fastmath=AS_WRITTEN, error_model="numpy")
     def run(chunk, chunks, x, scale, weight, last_weight, base_rows, copies, lo, hi, inv_h, at_knots, outputs, row):
+        _ = made_of
         samples, features = x.shape
         rows = weight.shape[0] // (features * outputs)
         size = rows - order
@@ -271,16 +291,17 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, lanes: int, single: bool, b
 
     The rows of ``grad`` and ``base_rows`` are filled up with zeros.
     """
-    width, whole_line = order + 1, lanes * real(0).itemsize >= 64
+    width, whole_line, made_of = order + 1, lanes * real(0).itemsize >= 64, VECTORS
     slope_d, value_d = max(dot_d, 0), max(scatter_d, 0)
     slope_now, slope_before = silu_terms(slope_d)
     value_now, value_before = silu_terms(value_d)
 
-    @numba.njit(nogil=True, fastmath=AS_WRITTEN, error_model="numpy", cache=True)
+    @compiled(fastmath=AS_WRITTEN, error_model="numpy")
     def run(
         chunk, chunks, grad, x, scale, weight, last_weight, base_rows, dots, gradient, base_gradient,
         lo, hi, inv_h, at_knots, outputs, row,
     ):  # fmt: skip
+        _ = made_of
         samples, features = x.shape
         rows = weight.shape[0] // (features * outputs)
         size = rows - order
@@ -371,7 +392,7 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, lanes: int, single: bool, b
     return run
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _sum(copies, y, row):
     """The sum over copies (n, B * row) into ``y`` (B, O)."""
     for b in range(y.shape[0]):
@@ -418,14 +439,14 @@ class _Call:
         (features, rows, outputs), size = weight.shape, weight.shape[1] - order
         self.lanes = lanes_of(outputs)
         self.row = -(-outputs // self.lanes) * self.lanes
-        self.x, self.scale = self.array(x), self.array(scale if scale is not None else torch.empty(0, 0))
+        self.x, self.scale = self.array(x), self.array(x.new_empty(0, 0) if scale is None else scale)
         wide = weight.detach().to(self.dtype).contiguous().view(-1)
         room = wide.new_zeros(self.row - outputs)
         self.weights = wide.numpy(), torch.cat([wide[(features - 1) * rows * outputs :], room]).numpy()
-        self.base = self.rows(base if base is not None else torch.empty(0, outputs))
+        self.base = self.rows(x.new_empty(0, outputs) if base is None else base)
         at_knots = np.empty(0, real)
         if d >= order:
-            inner = knots(size, order, (lo, hi), dtype=self.dtype).numpy()
+            inner = knots(size, order, (lo, hi), dtype=self.dtype, device="cpu").numpy()
             at_knots = np.concatenate([[np.nan], inner, [np.nan]], dtype=real)  # nothing is changed beyond the last
         self.numbers = real(lo), real(hi), real(size / (hi - lo)), at_knots, outputs, self.row
         threads = torch.get_num_threads() if x.numel() * outputs > ALONE else 1
@@ -459,10 +480,10 @@ def apply(
             [apply(x[p], weight, base, None if scale is None else scale[p], order, lo, hi, d) for p in parts]
         )
     chunks = call.chunks(x.shape[0] * call.row)
-    copies = torch.empty(chunks, x.shape[0] * call.row, dtype=call.dtype).numpy()  # PyTorch begins at a cache line
+    copies = x.new_empty(chunks, x.shape[0] * call.row, dtype=call.dtype).numpy()  # PyTorch begins at a cache line
     run = _apply(order, d, call.lanes, call.row == call.lanes, base is not None, call.real)
     _run_on_all(run, call.threads, chunks, call.x, call.scale, *call.weights, call.base, copies, *call.numbers)
-    y = torch.empty(x.shape[0], outputs, dtype=call.dtype)
+    y = x.new_empty(x.shape[0], outputs, dtype=call.dtype)
     _sum(copies, y.numpy(), call.row)
     return y.to(torch.promote_types(x.dtype, weight.dtype))
 
@@ -482,9 +503,9 @@ def adjoint(
     """``dot`` and ``scatter``; see ``layers/flash/reference.py``. An order of -1 leaves a result out (empty)."""
     call = _Call(x, weight, base, scale, order, lo, hi, max(dot_d, scatter_d))
     with_dot, with_scatter = dot_d >= 0, scatter_d >= 0
-    p = torch.empty(x.shape if with_dot else (0, 0), dtype=call.dtype)
-    v = torch.empty(weight.shape if with_scatter else (0, 0, 0), dtype=call.dtype)
-    b = torch.empty(base.shape if with_scatter and base is not None else (0, 0), dtype=call.dtype)
+    p = x.new_empty(x.shape if with_dot else (0, 0), dtype=call.dtype)
+    v = x.new_empty(weight.shape if with_scatter else (0, 0, 0), dtype=call.dtype)
+    b = x.new_empty(base.shape if with_scatter and base is not None else (0, 0), dtype=call.dtype)
     run = _adjoint(order, dot_d, scatter_d, call.lanes, call.row == call.lanes, base is not None, call.real)
     arrays = call.rows(grad), call.x, call.scale, *call.weights, call.base, p.numpy(), v.numpy(), b.numpy()
     _run_on_all(run, call.threads, call.chunks(0), *arrays, *call.numbers)

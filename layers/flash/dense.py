@@ -2,7 +2,8 @@
 
 A matrix product uses the chip so well that it wins there although it multiplies mostly zeros. Nothing of size
 ``B * I * R`` outlives a call: the basis is made again in the backward pass. In float32 on a GPU the products are those of
-``gpu_parts.py``, else a library's.
+``gpu_parts.py``, else a library's. A product needs factors of one dtype, which is that of the spline weights, or float64
+if ``x`` has it.
 """
 
 from __future__ import annotations
@@ -20,16 +21,21 @@ def _on_gpu():
     return gpu_dense
 
 
-def _in_parts(x: Tensor, weight: Tensor, base: Tensor | None) -> bool:
-    if not x.is_cuda or x.numel() == 0 or (base is not None and base.dtype != weight.dtype):
+def _in_parts(x: Tensor, weight: Tensor) -> bool:
+    if not x.is_cuda or x.numel() == 0:
         return False
     from layers.flash import gpu_parts
 
     return gpu_parts.multiplies(x, weight)
 
 
+def _of_one_dtype(x: Tensor, weight: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    dtype = torch.float64 if x.dtype == torch.float64 else weight.dtype
+    return weight.to(dtype), None if base is None else base.to(dtype)
+
+
 def _basis(x, weight, base, scale, order, lo, hi, d) -> tuple[Tensor, Tensor | None]:
-    """All basis values (B, I * R) in the dtype of the weights, SiLU's values (B, I) in that of ``base``; scaled."""
+    """All basis values (B, I * R) and SiLU's values (B, I), in the dtype of the weights; scaled."""
     if x.is_cuda:
         return _on_gpu().basis(x, weight, base, scale, order, lo, hi, d)
     dtype = compute_dtype(x, weight)
@@ -38,7 +44,7 @@ def _basis(x, weight, base, scale, order, lo, hi, d) -> tuple[Tensor, Tensor | N
     if scale is not None:
         basis = basis * scale.unsqueeze(-1)
         act = None if act is None else act * scale.to(dtype)
-    return basis.flatten(1).to(weight.dtype), None if act is None else act.to(base.dtype)
+    return basis.flatten(1).to(weight.dtype), None if act is None else act.to(weight.dtype)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype, more: Tensor | None = None) -> Tensor:
@@ -49,15 +55,28 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, more: Tensor | None = Non
     return a @ b if more is None else more.addmm_(a, b)
 
 
+def _in_range(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """``grad`` in a narrow ``dtype``, and what results have to be multiplied by, if anything.
+
+    float16 ends at 65,504 and holds nothing below 6e-8, where a gradient in float32 may well be. It is divided by its
+    largest number, and by more where sums over very many samples could overflow.
+    """
+    if dtype != torch.float16 or grad.dtype == dtype or grad.numel() == 0:
+        return grad.to(dtype), None
+    largest = torch.linalg.vector_norm(grad, torch.inf).view(1)
+    factor = torch.nan_to_num(largest * max(1, len(grad) / 2**15) + 1e-30, nan=1.0, posinf=1.0)
+    return torch.div(grad, factor, out=torch.empty_like(grad, dtype=dtype)), factor
+
+
 def apply(
     x: Tensor, weight: Tensor, base: Tensor | None, scale: Tensor | None, order: int, lo: float, hi: float, d: int
 ) -> Tensor:
     """``y`` (B, O); see ``layers/flash/reference.py``."""
-    x = x.contiguous()
-    if _in_parts(x, weight, base):
+    x, dtype = x.contiguous(), torch.promote_types(x.dtype, weight.dtype)
+    weight, base = _of_one_dtype(x, weight, base)
+    if _in_parts(x, weight):
         return _on_gpu().apply_in_parts(x, weight, base, scale, order, lo, hi, d)
     basis, act = _basis(x, weight, base, scale, order, lo, hi, d)
-    dtype = torch.promote_types(x.dtype, weight.dtype)
     y = _product(basis, weight.flatten(0, 1), dtype)
     return (y if act is None else _product(act, base, dtype, y)).to(dtype)
 
@@ -75,10 +94,21 @@ def adjoint(
     scatter_d: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dot`` and ``scatter``; see ``layers/flash/reference.py``. An order of -1 leaves a result out (empty)."""
-    x, dtype = x.contiguous(), compute_dtype(x, weight)
-    grad = grad.to(weight.dtype).contiguous()
-    if _in_parts(x, weight, base):
-        return _on_gpu().adjoint_in_parts(grad, x, weight, base, scale, order, lo, hi, dot_d, scatter_d)
+    x, given = x.contiguous(), (weight.dtype, None if base is None else base.dtype)
+    weight, base = _of_one_dtype(x, weight, base)
+    grad, factor = _in_range(grad, weight.dtype)
+    run = _on_gpu().adjoint_in_parts if _in_parts(x, weight) else _adjoint
+    p, v, b = run(grad.contiguous(), x, weight, base, scale, order, lo, hi, dot_d, scatter_d)
+    if factor is not None:
+        p, v, b = (torch.mul(result, factor, out=result) for result in (p, v, b))
+    if scatter_d >= 0:
+        v, b = v.to(given[0]), b if base is None else b.to(given[1])
+    return p, v, b
+
+
+def _adjoint(grad, x, weight, base, scale, order, lo, hi, dot_d, scatter_d) -> tuple[Tensor, Tensor, Tensor]:
+    """By the library's products; weights and ``grad`` of one dtype."""
+    dtype = compute_dtype(x, weight)
     p, v, b = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     if dot_d >= 0:
         products = grad @ weight.flatten(0, 1).t()  # Shape: (B, I * R)

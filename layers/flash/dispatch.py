@@ -72,7 +72,7 @@ def dense_wins(samples: int, rows: int, outputs: int, kind: str, backward: bool)
 
 def _dense_wins(x: Tensor, weight: Tensor, backward: bool) -> bool:
     _, rows, outputs = weight.shape
-    if outputs < 64 or x.shape[0] < 256 or weight.dtype == torch.float64:
+    if outputs < 64 or x.shape[0] < 256 or torch.float64 in (x.dtype, weight.dtype):
         return False
     from layers.flash import gpu_parts
 
@@ -82,7 +82,7 @@ def _dense_wins(x: Tensor, weight: Tensor, backward: bool) -> bool:
     elif tf32_allowed():
         kind = "tf32"
     elif gpu_parts.multiplies(x, weight):
-        kind, width = "parts", 4
+        kind = "parts"
     return x.numel() * rows * width <= BASIS_BYTES and dense_wins(x.shape[0], rows, outputs, kind, backward)
 
 
@@ -92,7 +92,9 @@ def kernels(x: Tensor, weight: Tensor, order: int, d: int, route: str, backward:
         return reference
     on_gpu = x.is_cuda or INTERPRETED
     if not on_gpu:
-        return dense if route == "dense" else cpu_kernels() or reference
+        if route == "dense":
+            return dense
+        return (cpu_kernels() if x.device.type == "cpu" else None) or reference
     gpu = gpu_kernels()
     if gpu is None or not gpu.covers(weight, order, d):
         return reference

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from layers.flash import triton_many
-from layers.flash.launch import Launch, ceil_div, dtypes, multiprocessors, power_of_2, remembered, unit
+from layers.flash.launch import Launch, block, ceil_div, dtypes, multiprocessors, power_of_2, remembered, unit
 from layers.flash.reference import compute_dtype
 
 
@@ -44,8 +44,8 @@ def _forward(
     (samples, features, rows), (_, x_dtype, weight_dtype, base, scale) = shape, kinds
     wide = tl.float64 if torch.float64 in (x_dtype, weight_dtype) else tl.float32
     constants = {"ORDER": order, "D": d, "CT": wide, "SCALED": scale is not None, "BASE": base is not None}
-    constants |= {"BB": 32, "BI": 32}
-    grid = (ceil_div(samples, 32), ceil_div(features, 32))
+    constants |= {"BB": 32, "BI": block(features, 32)}
+    grid = (ceil_div(samples, 32), ceil_div(features, constants["BI"]))
     numbers = (samples, features, rows - order, lo, hi, (rows - order) / (hi - lo))
     prepare = Launch(triton_many.prepare_kernel, grid, numbers, constants, 4)
     narrow = weight_dtype.itemsize == 2

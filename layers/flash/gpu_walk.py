@@ -17,6 +17,7 @@ from layers.flash import triton_sort, triton_walk
 from layers.flash.launch import (
     INTERPRETED,
     Launch,
+    block,
     ceil_div,
     divisor,
     dtypes,
@@ -88,14 +89,14 @@ def _backward(
     shared = {"ORDER": order, "DOT_D": dot_d}
     sums = {"CT": tl.float64 if wide else tl.float32}
     slopes = {"SLOPES": has_base and dot_d >= 0}
-    block = power_of_2(samples) if in_kernel else 1024
+    at_once = power_of_2(samples) if in_kernel else block(samples, 1024)
     constants = shared | {"SCATTER_D": scatter_d} | sums | {"SCALED": scale is not None} | slopes
-    constants |= {"ACTS": has_base and scatter_d >= 0, "SORT": in_kernel, "NB": block, "BITS": bits}
+    constants |= {"ACTS": has_base and scatter_d >= 0, "SORT": in_kernel, "NB": at_once, "BITS": bits}
     numbers = (samples, features, size, *cut, lo, hi, inv_h)
-    grid, warps = (features, ceil_div(samples, block)), triton_sort.sort_warps(block) if in_kernel else 4
+    grid, warps = (features, ceil_div(samples, at_once)), triton_sort.sort_warps(at_once) if in_kernel else 4
     arrange = Launch(triton_sort.arrange_kernel, grid, numbers, constants, warps)
-    constants = shared | sums | slopes | {"BITS": bits, "BN": 256}
-    grid = (features, ceil_div(samples, 256))
+    constants = shared | sums | slopes | {"BITS": bits, "BN": block(samples, 256)}
+    grid = (features, ceil_div(samples, constants["BN"]))
     place = Launch(triton_sort.place_kernel, grid, (samples, features, *cut, lo, inv_h), constants, 4)
     constants = shared | {"SCATTER_D": scatter_d} | sums | {"SCALED": scale is not None, "BASE": has_base}
     step = unit(outputs)

@@ -111,6 +111,11 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def block(count: int, least: int) -> int:
+    """How many of ``count`` a program takes where programs lie along the second axis of a grid, which CUDA limits."""
+    return max(least, power_of_2(ceil_div(count, 2**16 - 1)))
+
+
 def divisor(n: int, most: int) -> int:
     """The largest power of two that divides ``n`` and is not above ``most``, one itself."""
     return math.gcd(n, most)

@@ -11,6 +11,8 @@ take; and as one that ``torch.func`` can transform, which the op's own autograd 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -164,7 +166,7 @@ class Apply(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _apply_backward(ctx, grad, _eager_adjoint())
+        return _apply_backward(ctx, grad, _eager(grad)[1])
 
 
 class Adjoint(torch.autograd.Function):
@@ -177,8 +179,7 @@ class Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        apply = TransformedApply if torch._C._are_functorch_transforms_active() else Apply
-        return _adjoint_backward(ctx, *grads, apply.apply, _eager_adjoint())
+        return _adjoint_backward(ctx, *grads, *_eager(*grads))
 
 
 class TransformedApply(torch.autograd.Function):
@@ -211,11 +212,13 @@ class TransformedAdjoint(torch.autograd.Function):
         return _one_at_a_time(TransformedAdjoint.apply, info.batch_size, in_dims, args)
 
 
-def _eager_adjoint():
-    """How a backward pass calls ``adjoint``: recorded only where it will be differentiated again."""
+def _eager(*grads: Tensor | None):
+    """How a backward pass calls ``apply`` and ``adjoint``: recorded only where it will be differentiated again."""
     if torch._C._are_functorch_transforms_active():
-        return TransformedAdjoint.apply
-    return Adjoint.apply if torch.is_grad_enabled() else dispatch.adjoint
+        return TransformedApply.apply, TransformedAdjoint.apply
+    if any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
+        return apply_op, adjoint_op  # is_grads_batched=True: PyTorch runs an op for every entry
+    return (Apply.apply, Adjoint.apply) if torch.is_grad_enabled() else (dispatch.apply, dispatch.adjoint)
 
 
 def _traced(*tensors: Tensor | None) -> bool:
@@ -246,9 +249,11 @@ def flash_kan(
         spline_order: ``k >= 0``, default 3.
         grid_range: the two ends of the grid, default (-1, 1).
         route: ``"local"`` (gather ``k + 1`` rows), ``"dense"`` (all rows and one matrix product), ``"reference"``
-            (plain PyTorch), or ``None`` (default): the faster of the first two, by the measured rule in
-            ``layers/flash/dispatch.py``. On a GPU in float32 the factors of that product are rounded to 2**-50
-            of the largest number on their row or column, or finer.
+            (plain PyTorch), or ``None`` (default): the first on a CPU, and on a GPU the one of the first two that takes
+            the GPU less time, by the measured rule in ``layers/flash/dispatch.py``. (Where the GPU waits for the host,
+            because calls are small or the host is slow, ``"local"`` may be the faster: it launches fewer kernels.) On a
+            GPU in float32 the factors of that product are rounded to 2**-50 of the largest number on their row or
+            column, or finer.
 
     Returns:
         Shape ``(*, O)``, in the wider dtype of ``x`` and ``spline_weight``. Under autocast the weights are taken in the
@@ -264,12 +269,16 @@ def flash_kan(
     Source: KAN, arXiv 2404.19756, equation 2.10.
     """
     for name, tensor in (("x", x), ("spline_weight", spline_weight), ("base_weight", base_weight)):
-        if tensor is not None and not tensor.is_floating_point():
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
             raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be where x is, on {x.device}, got {tensor.device}")
     lo, hi = check_grid(1, spline_order, grid_range)
-    if spline_weight.ndim != 3 or spline_weight.shape[1] <= spline_order:
+    if spline_weight.ndim != 3 or spline_weight.shape[1] <= spline_order or 0 in spline_weight.shape:
         raise ValueError(
-            f"spline_weight must have shape (I, G + k, O) with G >= 1 and k = {spline_order}, "
+            f"spline_weight must have shape (I, G + k, O) with I, G, O >= 1 and k = {spline_order}, "
             f"got {tuple(spline_weight.shape)}"
         )
     features, _, outputs = spline_weight.shape
@@ -286,7 +295,7 @@ def flash_kan(
             spline_weight = spline_weight.to(narrow)
         if base_weight is not None and base_weight.dtype == torch.float32:
             base_weight = base_weight.to(narrow)
-    flat = x if x.ndim == 2 else x.reshape(-1, features)
+    flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), features)
     run = Apply.apply
     if _traced(x, spline_weight, base_weight):
         run = apply_op
