@@ -111,6 +111,19 @@ def test_the_gate_stops_a_wrong_gradient(inputs):
         benchmark.check(Wrong(8, 4, 20), inputs)
 
 
+class Forgetful(FlashKAN):
+    """Right values and gradients of the first samples; the weights hear of no other."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return torch.cat([y[:20], (y - super().forward(x.detach()))[20:] + super().forward(x)[20:].detach()])
+
+
+def test_the_gate_looks_at_samples_that_share_weights():
+    with pytest.raises(AssertionError, match="weight is off by"):
+        benchmark.check(Forgetful(784, 10, 1000), (torch.rand(40, 784) * 2 - 1).requires_grad_())
+
+
 def test_an_mlp_has_about_as_many_weights():
     for shape, size in (((784, 10), 5), ((784, 10), 500), ((512, 512), 100)):
         mlp, kan = (benchmark.build(name, *shape, size) for name in ("MLP", "FlashKAN"))
