@@ -6,6 +6,7 @@
 
 import argparse
 import ast
+import builtins
 import hashlib
 import json
 import math
@@ -182,6 +183,36 @@ def readable_cells(notebook: Notebook) -> Iterator[str]:
         yield "no picture"
 
 
+def bound(tree: ast.AST) -> set[str]:
+    """Return the names that a piece of Python gives a value: assigned, imported, defined, or a parameter."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.alias):
+            found.add(node.asname or node.name.split(".")[0])
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
+def complete_solutions(notebook: Notebook) -> Iterator[str]:
+    """Solutions of exercises, which no run executes, are Python and use only names that the notebook has."""
+    known = set(dir(builtins)).union(*(bound(parsed(cell) or ast.Module()) for cell in code_cells(notebook)))
+    for number, cell in enumerate(notebook.cells, 1):
+        for source in re.findall(r"```python\n(.*?)```", cell.source, re.S) if cell.cell_type == "markdown" else ():
+            try:
+                tree = ast.parse(source)
+            except SyntaxError:
+                yield f"cell {number}: a solution with invalid syntax"
+                continue
+            used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            if missing := sorted(used - known - bound(tree)):
+                yield f"cell {number}: a solution uses {', '.join(missing)}, which the notebook does not have"
+
+
 # --- claims -----------------------------------------------------------------------------------------------------------
 
 
@@ -332,6 +363,7 @@ RULES = (
     clean_metadata,
     no_machine_paths,
     readable_cells,
+    complete_solutions,
     paired_claims,
 )
 

@@ -75,6 +75,10 @@ BREAKS = {
     "no picture": lambda n: n.cells[-1].outputs.pop(),
     "no code cell": lambda n: n.update(cells=n.cells[:1]),
     "an empty code cell": lambda n: append(n, " "),
+    "a solution with invalid": lambda n: n.cells[1].update(source="```python\nanswer = = 1\n```\n" + n.cells[1].source),
+    "a solution uses nn, which": lambda n: n.cells[1].update(
+        source="```python\nanswer = nn.Linear(x, abs(x))\n```\n" + n.cells[1].source
+    ),
     "no message": lambda n: append(n, "assert True"),
     "'The number three is negative' repeats no": lambda n: append(n, 'assert x, "The number three is negative"'),
     "fewer than 3 cells that assert": lambda n: n.cells[2].update(source="x = 1"),
