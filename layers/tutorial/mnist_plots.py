@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.collections import LineCollection
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from layers.tutorial.plots import BLUE, COLUMN, GREEN, GREY, INK, PALE, PURPLE, 
 SIDE = 28
 STEPS = (PALE, "#7FB2D6", BLUE, "#00395A")  # a sequence from few to many
 EVIDENCE = "RdBu_r"
+# For lines, which would vanish if what is near zero were white.
+EVIDENCE_LINES = LinearSegmentedColormap.from_list("evidence", ("#1463C8", INK, "#D0281A"))
 
 
 def drawings(images: Tensor, labels: Tensor, columns: int = 12) -> None:
@@ -51,19 +54,25 @@ def learning(title: str, loss: Sequence[float], train: Sequence[float], test: Se
 
 
 def agreement(flash: Tensor, dense: Tensor, gaps: dict[str, Tensor]) -> None:
-    """Draws two loss curves on top of each other, and below them how far apart they are in each of ``gaps``."""
+    """Draws two loss curves on top of each other, and below them how far apart they are in each of ``gaps``.
+
+    Steps in which the two are equal have no place on a logarithmic axis and are left out.
+    """
     above, below = _figure(4.4, 2, 1, sharex=True, height_ratios=[3, 2])
     above.plot(dense, color=VERMILION, lw=6, alpha=0.45)
     above.plot(flash, color=BLUE, lw=1.6)
-    _beside(above, (8, dense[8]), "KANLinear (wide)", (14, 12), VERMILION)
-    _beside(above, (30, flash[30]), "FlashKAN (narrow)", (14, 22), BLUE)
+    for height, name, color in (
+        (0.88, "KANLinear (the wide line)", VERMILION),
+        (0.74, "FlashKAN (the narrow one)", BLUE),
+    ):
+        above.text(0.98, height, name, color=color, ha="right", transform=above.transAxes)
     above.set_ylabel("loss (nats)")
     above.set_ylim(0)
     for (name, gap), color in zip(gaps.items(), (GREY, INK), strict=True):
-        below.semilogy(gap.clamp(min=1e-17), color=color, lw=1.4)
+        below.semilogy(gap.where(gap > 0, torch.nan), ".-", ms=4, color=color, lw=1.4)
         _beside(below, (len(gap) - 1, gap[-20:].median()), name, (7, -4), color)
     below.set_ylabel("difference (nats)")
-    below.set_xlabel("step")
+    below.set_xlabel("step (gaps: no difference at all)")
     below.set_xlim(-1, len(flash) * 1.14)
     below.set_xticks(range(0, len(flash) + 1, 20))
     below.grid(axis="y", color=WASH)
@@ -73,7 +82,7 @@ def careless(right: Tensor, wrong: Tensor, accuracy: tuple[float, float], window
     """Draws the losses of every step of two runs, smoothed over ``window`` steps, with their test accuracies."""
     ax = _figure(3.0)
     names = ("the right gradient: samples added up", "the wrong one: samples written over one another")
-    places = ({"x": 0.02, "y": 0.07}, {"x": 0.99, "y": 0.88, "ha": "right"})  # below and above both lines
+    places = ({"x": 0.99, "y": 0.76, "ha": "right"}, {"x": 0.99, "y": 0.88, "ha": "right"})  # above both lines
     for name, steps, color, value, place in zip(
         names, (right, wrong), (BLUE, VERMILION), accuracy, places, strict=True
     ):
@@ -81,7 +90,7 @@ def careless(right: Tensor, wrong: Tensor, accuracy: tuple[float, float], window
         ax.plot(steps, color=color, alpha=0.18, lw=0.8)
         ax.plot(range(window, window + len(smooth)), smooth, color=color)
         ax.text(s=f"{name}; test {value:.1%}", color=color, transform=ax.transAxes, **place)
-    ax.set_ylim(0, 2.5)
+    ax.set_ylim(0)
     ax.set_xlim(0, len(right))
     ax.set_xlabel("step")
     ax.set_ylabel("training loss (nats)")
@@ -158,7 +167,7 @@ def curves_on_the_page(t: Tensor, curves: Tensor, used: Tensor, background: Tens
     Args:
         t: (N,), positions along the grid from 0 (paper) to 1 (ink).
         curves: (784, N), what each pixel adds to one output; each is drawn relative to its value at ``t = 0``.
-        used: (784,) bool, False for pixels that are left out (always blank in the data).
+        used: (784,) bool, False for pixels that are left out (blank, or nearly, in the data).
         background: (28, 28), a picture drawn faintly beneath.
         title: of the figure.
     """
@@ -172,10 +181,9 @@ def curves_on_the_page(t: Tensor, curves: Tensor, used: Tensor, background: Tens
     up = places[:, 1:] - (curves * scale).clamp(-0.49, 0.49)
     lines = torch.stack([across, up], -1)[used]  # Shape: (n, N, 2)
     gain = curves[used, -1] * scale
-    colors = plt.get_cmap(EVIDENCE)((0.5 + 0.5 * (gain * 4).tanh()).numpy())
+    colors = EVIDENCE_LINES((0.5 + 0.5 * (gain * 4).tanh()).numpy())
     zero = torch.stack([across[:, [0, -1]], places[:, 1:].expand(-1, 2)], -1)[used]
     ax.add_collection(LineCollection(zero.numpy(), colors=PALE, linewidths=0.5))
-    ax.add_collection(LineCollection(lines.numpy(), colors=INK, linewidths=2.0, alpha=0.25))
     ax.add_collection(LineCollection(lines.numpy(), colors=colors, linewidths=1.4))
     ax.set_axis_off()
     ax.set_title(title)
@@ -190,7 +198,7 @@ def two_kinds_of_curves(t: Tensor, rough: Tensor, smooth: Tensor, names: Sequenc
         axes[0, column].set_title(name, fontsize=10)
         axes[1, column].set_xlabel("grey value")
     for row, said in ((0, "no penalty"), (1, "with penalty")):
-        axes[row, 0].set_ylabel(said)
+        axes[row, 0].set_ylabel(f"{said}\n(logits)")
         for ax in axes[row]:
             ax.axhline(0, color=PALE, lw=1, zorder=0)
 

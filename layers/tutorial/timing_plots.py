@@ -136,11 +136,14 @@ def against_grid(rows: Sequence[dict], shapes: Sequence[Shape], what: str = "med
 
 def _rings(ax: Axes, lines: dict[str, dict[int, float]]) -> None:
     local = lines.get("FlashKAN", {})
-    for name in ("KANLinear", "KANLinear compiled", "MLP"):
-        at = crossover(local, lines.get(name, {}))
+    crossings = [(local, lines.get(name, {})) for name in ("KANLinear", "KANLinear compiled", "MLP")]
+    if "nn.Linear" in lines:  # it has no grid, and wins on fine ones, if at all
+        crossings.append((dict.fromkeys(local, next(iter(lines["nn.Linear"].values()))), local))
+    for winner, other in crossings:
+        at = crossover(winner, other)
         below = [G for G in local if at is not None and G <= at]
         above = [G for G in local if at is not None and G > at]
-        if at is None or not below or not above or at == min(lines[name].keys() & local.keys()):
+        if at is None or not below or not above or at == min(winner.keys() & other.keys()):
             continue
         a, b = max(below), min(above)
         share = _log(at / a) / _log(b / a)
@@ -153,7 +156,7 @@ def _rings(ax: Axes, lines: dict[str, dict[int, float]]) -> None:
             mec=INK,
             mew=1.2,
         )
-        ax.annotate(f"G ≈ {at:.0f}", (at, local[a]), (4, -22), textcoords="offset points", fontsize=9.5)
+        ax.annotate(f"G ≈ {at:.0f}", (at, local[a]), (0, 12), textcoords="offset points", ha="center", fontsize=9.5)
 
 
 def parts(bars: dict[str, dict[str, float]], unit: str, title: str) -> None:
