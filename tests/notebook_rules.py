@@ -52,10 +52,10 @@ def python(source: str) -> str:
     return TransformerManager().transform_cell(source)
 
 
-def parsed(cell: Notebook) -> ast.Module | None:
-    """Return the syntax tree of a code cell, None where it is no Python."""
+def parsed(source: str) -> ast.Module | None:
+    """Return the syntax tree of a cell's source, None where it is no Python."""
     try:
-        return ast.parse(python(cell.source))
+        return ast.parse(python(source))
     except SyntaxError:
         return None
 
@@ -136,9 +136,9 @@ def no_silent_commands(notebook: Notebook) -> Iterator[str]:
     """No `!command`, `%pip` or unknown magic: IPython goes on after they fail."""
     allowed = ", ".join(f"%{magic}" for magic in sorted(MAGICS))
     for number, cell in enumerate(code_cells(notebook), 1):
-        if parsed(cell) is None:
+        if parsed(cell.source) is None:
             yield f"code cell {number}: invalid syntax"
-        for call in ast.walk(parsed(cell) or ast.Module()):
+        for call in ast.walk(parsed(cell.source) or ast.Module()):
             if not (isinstance(call, ast.Call) and ast.unparse(call.func).startswith("get_ipython().")):
                 continue
             method, first = call.func.attr, call.args[0] if call.args else None
@@ -200,12 +200,11 @@ def bound(tree: ast.AST) -> set[str]:
 
 def complete_solutions(notebook: Notebook) -> Iterator[str]:
     """Solutions of exercises, which no run executes, are Python and use only names that the notebook has."""
-    known = set(dir(builtins)).union(*(bound(parsed(cell) or ast.Module()) for cell in code_cells(notebook)))
+    known = set(dir(builtins)).union(*(bound(parsed(cell.source) or ast.Module()) for cell in code_cells(notebook)))
     for number, cell in enumerate(notebook.cells, 1):
         for source in re.findall(r"```python\n(.*?)```", cell.source, re.S) if cell.cell_type == "markdown" else ():
-            try:
-                tree = ast.parse(source)
-            except SyntaxError:
+            tree = parsed(source)
+            if tree is None:
                 yield f"cell {number}: a solution with invalid syntax"
                 continue
             used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
@@ -277,7 +276,7 @@ def paired_claims(notebook: Notebook) -> Iterator[str]:
         yield f"fewer than {FEWEST_CLAIM_CELLS} cells that assert"
     asserted = {normalised(sentence) for sentence in claims(notebook)}
     for number, cell in enumerate(code_cells(notebook), 1):
-        for call in ast.walk(parsed(cell) or ast.Module()):
+        for call in ast.walk(parsed(cell.source) or ast.Module()):
             if isinstance(call, ast.Call) and ast.unparse(call.func) == "not_checked":
                 said = call.args[0].value if call.args and isinstance(call.args[0], ast.Constant) else None
                 if not isinstance(said, str) or normalised(said).rstrip(".!?") not in asserted:
