@@ -12,7 +12,6 @@ import inspect
 import math
 import os
 import random
-import shutil
 import subprocess
 import sys
 import zlib
@@ -28,7 +27,8 @@ from layers import FlashKAN, KANLinear
 from layers.bsplines import dense_basis, knots, local_basis, window_rows
 from layers.flash import dispatch, flash_kan, reference
 from layers.flash.operator import NOT_NEEDED, adjoint_op, apply_op
-from tests import ROOT
+from tests import ROOT, snapshot
+from tests.faults import replace
 from tests.reference64 import Layer64, knot_positions
 
 ROUTES = ("local", "dense", "reference")
@@ -841,26 +841,25 @@ def test_other_devices_run_on_plain_pytorch():
     assert dispatch.kernels(Elsewhere(), torch.rand(4, 8, 3), 3, 0, "auto") is reference
 
 
+def keeping_kernels(folder, program: str, tree=ROOT) -> str:
+    """What a program prints, run in ``tree`` by a process of its own that keeps its compiled kernels in ``folder``."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(folder)}
+    run = [sys.executable, "-c", program]
+    return subprocess.run(run, check=True, cwd=tree, env=environment, stdout=subprocess.PIPE, text=True).stdout
+
+
 def test_cpu_kernels_are_made_again_when_the_vectors_change(tmp_path):
     """Numba itself looks only at the file in which a kernel is written."""
     pytest.importorskip("numba")
-    shutil.copytree(ROOT / "layers", tmp_path / "layers", ignore=shutil.ignore_patterns("__pycache__"))
+    tree = snapshot(tmp_path / "tree")
     program = (
         "import torch; from layers.flash import flash_kan; x = torch.zeros(2, 1, requires_grad=True); "
         "flash_kan(x, torch.ones(1, 4, 2), route='local').sum().backward(); print(x.grad.sum().item())"
     )
-    said = []
-    for number in ("-0.0", "1000.0"):
-        vectors = tmp_path / "layers" / "flash" / "vectors.py"
-        source = vectors.read_text()
-        assert source.count("-0.0") == 1, "a sum begins with the zero that changes nothing"
-        vectors.write_text(source.replace("-0.0", number))
-        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "kept")}
-        run = subprocess.run(
-            [sys.executable, "-c", program], check=True, cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        said.append(float(run.stdout))
-    assert abs(said[0]) < 1e-6 and said[1] > 1000
+    before = float(keeping_kernels(tmp_path / "kept", program, tree))
+    replace("layers/flash/vectors.py", "-0.0", "1000.0")(tree)  # what a sum begins with
+    after = float(keeping_kernels(tmp_path / "kept", program, tree))
+    assert abs(before) < 1e-6 and after > 1000
 
 
 def test_cpu_kernels_without_a_folder_to_keep_them(monkeypatch):
@@ -888,8 +887,7 @@ def test_cpu_kernels_are_compiled_once_and_found_again(tmp_path):
     )
     kept = []
     for _ in range(2):
-        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-        subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, env=environment)
+        keeping_kernels(tmp_path, program)
         kept.append(len(list(tmp_path.rglob("*.nbc"))))
     assert kept[0] == kept[1] > 0, f"{kept[0]} compiled kernels after one run, {kept[1]} after the same run again"
 
