@@ -59,6 +59,7 @@ def launches(tiles: list[gpu_tiles.Tile]) -> Iterator[tuple[Launch, tuple, tuple
         for size, dtype in ((21, torch.float16), (120, torch.bfloat16)):
             gpu_dense.basis(x, torch.zeros(32, size + 3, 96, dtype=dtype), base.to(dtype), None, *ends, 0)
         gpu_dense.contract(x, torch.zeros(256, 32 * 8), None, weight, *ends, 1)
+        gpu_dense.multiply(*gpu_dense.narrowed(grad)[0])
         for tile in tiles:
             planned = mock.patch.object(gpu_tiles, "planned", functools.partial(plan_for, tile))
             gpu_parts._products.cache_clear()

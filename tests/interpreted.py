@@ -191,6 +191,23 @@ def adam_error() -> float:
     return largest(map(relative, (weight, m, v), (torch.where(rows, w - step, w), m_exact, v_exact)))
 
 
+def narrow_error() -> float:
+    """Of gradients of all sizes in float16, multiplied by their factors again; what suits float16 is kept as it is."""
+    errors = []
+    for size in (1e-30, 1e-9, 1e-2, 1e3, 1e30):
+        grad = torch.randn(70, 131) * size
+        for narrow, factor in gpu_dense.narrowed(grad):
+            errors.append(relative(narrow.double() * factor, grad.double()))
+            wide = narrow.float()
+            errors.append(relative(gpu_dense.multiply(wide.clone(), factor), wide.double() * factor))
+        assert (factor == 1) == (1e-2 <= size <= 1e3)
+        if factor == 1:
+            assert torch.equal(narrow, grad.half()), "numbers that are multiplied by 1 stay as they are"
+    grad[3, 4] = torch.nan
+    assert all(factor == 1 for _, factor in gpu_dense.narrowed(grad))
+    return largest(errors)
+
+
 def always(tile: gpu_tiles.Tile, pieces: int, together: bool) -> tuple[Callable, Callable]:
     """In place of ``planned`` and ``side_by_side``, whatever the products are."""
     return lambda sizes, _: gpu_tiles.Plan(tile, (pieces,) * len(sizes), 0.0), lambda *_: together
@@ -219,7 +236,7 @@ def main(part: int = 0, parts: int = 1) -> None:
         if next(number) % parts == part:
             assert error_of_all_sizes() < 2e-5, plan
     if next(number) % parts == part:
-        assert adam_error() < 1e-6 and padding_error() < 1e-4
+        assert adam_error() < 1e-6 and padding_error() < 1e-4 and narrow_error() < 1e-3
     for case in PACKED_CASES:
         if next(number) % parts == part:
             assert packed_error(*case) < 1e-3, case

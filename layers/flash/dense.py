@@ -55,17 +55,19 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, more: Tensor | None = Non
     return a @ b if more is None else more.addmm_(a, b)
 
 
-def _in_range(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """``grad`` in a narrow ``dtype``, and what results have to be multiplied by, if anything.
+def _narrowed(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """``grad`` in float16, and what has to be multiplied by the results (1,).
 
     float16 ends at 65,504 and holds nothing below 6e-8, where a gradient in float32 may well be. It is divided by its
     largest number, and by more where sums over very many samples could overflow.
     """
-    if dtype != torch.float16 or grad.dtype == dtype or grad.numel() == 0:
-        return grad.to(dtype), None
     largest = torch.linalg.vector_norm(grad, torch.inf).view(1)
     factor = torch.nan_to_num(largest * max(1, len(grad) / 2**15) + 1e-30, nan=1.0, posinf=1.0)
-    return torch.div(grad, factor, out=torch.empty_like(grad, dtype=dtype)), factor
+    return torch.div(grad, factor, out=torch.empty_like(grad, dtype=torch.float16)), factor
+
+
+def _multiply(results: Tensor, factor: Tensor) -> Tensor:
+    return _on_gpu().multiply(results, factor) if results.is_cuda else results.mul_(factor)
 
 
 def apply(
@@ -94,15 +96,21 @@ def adjoint(
     scatter_d: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dot`` and ``scatter``; see ``layers/flash/reference.py``. An order of -1 leaves a result out (empty)."""
-    x, given = x.contiguous(), (weight.dtype, None if base is None else base.dtype)
+    x, dtype, base_dtype = x.contiguous(), weight.dtype, None if base is None else base.dtype
     weight, base = _of_one_dtype(x, weight, base)
-    grad, factor = _in_range(grad, weight.dtype)
-    run = _on_gpu().adjoint_in_parts if _in_parts(x, weight) else _adjoint
-    p, v, b = run(grad.contiguous(), x, weight, base, scale, order, lo, hi, dot_d, scatter_d)
-    if factor is not None:
-        p, v, b = (torch.mul(result, factor, out=result) for result in (p, v, b))
+    grad, layer = grad.contiguous(), (x, weight, base, scale, order, lo, hi)
+    if weight.dtype != torch.float16 or grad.dtype == torch.float16 or grad.numel() == 0:
+        run = _on_gpu().adjoint_in_parts if _in_parts(x, weight) else _adjoint
+        p, v, b = run(grad.to(weight.dtype), *layer, dot_d, scatter_d)
+    else:
+        p, v, b = x.new_empty(0), x.new_empty(0), x.new_empty(0)
+        for_dot, for_scatter = _on_gpu().narrowed(grad) if grad.is_cuda else (_narrowed(grad),) * 2
+        if dot_d >= 0:
+            p = _multiply(_adjoint(for_dot[0], *layer, dot_d, -1)[0], for_dot[1])
+        if scatter_d >= 0:
+            _, v, b = (_multiply(t, for_scatter[1]) for t in _adjoint(for_scatter[0], *layer, -1, scatter_d))
     if scatter_d >= 0:
-        v, b = v.to(given[0]), b if base is None else b.to(given[1])
+        v, b = v.to(dtype), b if base is None else b.to(base_dtype)
     return p, v, b
 
 

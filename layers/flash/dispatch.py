@@ -49,7 +49,8 @@ class Limits(NamedTuple):
 
 
 LIMITS = {
-    "narrow": Limits(40, 3, 170, 76, 103),  # bfloat16 and float16
+    "bfloat16": Limits(40, 3, 170, 76, 103),
+    "float16": Limits(40, 3, 170, 63, 98),  # gradients are brought into its range
     "tf32": Limits(19, 3, 80, 33, 33),
     "parts": Limits(14, 7, 49, 28, 24, 700),  # float32 in two parts, see gpu_parts.py
     "float32": Limits(8, 32, 16, 10, 10),
@@ -78,7 +79,7 @@ def _dense_wins(x: Tensor, weight: Tensor, backward: bool) -> bool:
 
     kind, width = "float32", 4
     if weight.dtype != torch.float32:
-        kind, width = "narrow", 2
+        kind, width = "float16" if weight.dtype == torch.float16 else "bfloat16", 2
     elif tf32_allowed():
         kind = "tf32"
     elif gpu_parts.multiplies(x, weight):
@@ -90,11 +91,11 @@ def kernels(x: Tensor, weight: Tensor, order: int, d: int, route: str, backward:
     """The module whose ``apply`` and ``adjoint`` take this call; ``d`` is the highest derivative asked for."""
     if route == "reference":
         return reference
-    on_gpu = x.is_cuda or INTERPRETED
-    if not on_gpu:
+    if not (x.is_cuda or INTERPRETED):
         if route == "dense":
             return dense
-        return (cpu_kernels() if x.device.type == "cpu" else None) or reference
+        own = cpu_kernels() if x.device.type == "cpu" else None  # other devices: plain PyTorch
+        return own or reference
     gpu = gpu_kernels()
     if gpu is None or not gpu.covers(weight, order, d):
         return reference

@@ -7,9 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from layers.flash import gpu_parts, gpu_tiles, triton_dense, triton_packed
-from layers.flash.launch import Launch, ceil_div, dtypes, on_device_of, remembered, unit
+from layers.flash.launch import Launch, ceil_div, dtypes, multiprocessors, on_device_of, remembered, unit
 
 FEWEST_ROWS, MOST_ROWS = 12, 2048  # of features whose windows are shifted: faster from, and exact products up to
+SUITS = 2**-8, 2**15  # the largest number of a gradient whose others float16 holds well enough
 CACHE = 2**26  # bytes of basis values that no cache keeps until they are read
 
 
@@ -41,7 +42,7 @@ def _basis(
     constants |= {"SCALED": scale is not None, "PARTS": by is not None, "BY_SAMPLE": by == "sample"}
     narrow = weight_dtype.itemsize == 2
     places = next(n for n in (8 if by or narrow else 4, 4, 2, 1) if n <= rows)  # 16 bytes
-    tile = {"BB": 8 if narrow else 4, "BC": 256}
+    tile = {"BB": 8 if narrow else 4, "BC": 512 if by else 256}
     constants |= {"OFFSET": _offset(wide * rows), "UNIT": places, "PADDED": gpu_parts.WIDTH if wide > features else 0}
     upper, at_below, end_below, columns, height, across = matrix
     step = unit(columns)
@@ -183,6 +184,40 @@ def contract(x: Tensor, products: Tensor, through_base: Tensor | None, weight: T
     with on_device_of(x):
         launch(x, products, products if through_base is None else through_base, p)
     return p
+
+
+@remembered
+def _narrowed(kinds: tuple, samples: int, outputs: int) -> Launch:
+    count, block = samples * outputs, 2048
+    numbers = (count, max(1.0, samples / 2**15), *SUITS)
+    return Launch(triton_dense.narrow_kernel, (ceil_div(count, block),), numbers, {"BN": block}, 4)
+
+
+def narrowed(grad: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """``grad`` (B, O), contiguous, in float16, and what has to be multiplied by the results (1,): for those of products
+    with the weights, which may shrink it further, and for sums over samples. The latter is 1 where it can be.
+    """
+    largest = torch.linalg.vector_norm(grad, torch.inf)
+    scaled, kept = (torch.empty_like(grad, dtype=torch.float16) for _ in range(2))
+    factors = torch.empty(2, device=grad.device)
+    with on_device_of(grad):
+        _narrowed(dtypes(grad), *grad.shape)(grad, largest, scaled, kept, factors)
+    return (scaled, factors[:1]), (kept, factors[1:])
+
+
+@remembered
+def _multiply(kinds: tuple, count: int, processors: int) -> Launch:
+    block = 4096
+    programs = min(ceil_div(count, block), 8 * processors)
+    return Launch(triton_dense.multiply_kernel, (programs,), (count,), {"BN": block}, 4)
+
+
+def multiply(numbers: Tensor, factor: Tensor) -> Tensor:
+    """``numbers``, contiguous, times ``factor`` (1), in place; where that is 1 the launch costs all that there is to pay."""
+    if numbers.numel():
+        with on_device_of(numbers):
+            _multiply(dtypes(numbers, factor), numbers.numel(), multiprocessors(numbers.device))(numbers, factor)
+    return numbers
 
 
 def apply_in_parts(

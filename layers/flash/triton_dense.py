@@ -202,3 +202,38 @@ def contract_kernel(
     if BASE:
         total += silu(xv, D) * tl.load(through_base + b.to(tl.int64) * lead_base + i, mask=here, other=0.0).to(CT)
     tl.store(dots + n, total.to(dots.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=["count", "more"])
+def narrow_kernel(
+    grad, largest, scaled, kept, factors,
+    count, more: "fp32", least: "fp32", most: "fp32",
+    BN: tl.constexpr,
+):  # fmt: skip
+    """grad (count) in float16, twice, each with the one of factors (2) that its results have to be multiplied by.
+
+    ``scaled`` is divided by the largest magnitude (1), times ``more``; so is ``kept``, but not where that magnitude is
+    between ``least`` and ``most``. Where it is no number, neither is divided.
+    """
+    at = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    size = tl.load(largest)
+    factor = size * more + 1e-30
+    factor = tl.where(factor < float("inf"), factor, 1.0)
+    other = tl.where((size >= least) & (size <= most), 1.0, factor)
+    g = tl.load(grad + at, mask=at < count, other=0.0)
+    tl.store(scaled + at, (g / factor).to(tl.float16), mask=at < count)
+    tl.store(kept + at, (g / other).to(tl.float16), mask=at < count)
+    if tl.program_id(0) == 0:
+        tl.store(factors, factor)
+        tl.store(factors + 1, other)
+
+
+@triton.jit(do_not_specialize=["count"])
+def multiply_kernel(numbers, factor, count, BN: tl.constexpr):
+    """numbers (count) times factor (1), in place. Where that is 1 nothing is read."""
+    by = tl.load(factor)
+    if by != 1:
+        for start in range(tl.program_id(0) * BN, count, tl.num_programs(0) * BN):
+            at = tl.cast(start, tl.int64) + tl.arange(0, BN)
+            v = tl.load(numbers + at, mask=at < count, other=0.0).to(tl.float32) * by
+            tl.store(numbers + at, v.to(numbers.dtype.element_ty), mask=at < count)
