@@ -42,7 +42,7 @@ class KANLayer(nn.Module):
 
     ``Regular_KAN``, ``KANLinear`` and ``FlashKAN`` compute this one function and share one ``state_dict``, so
     ``b.load_state_dict(a.state_dict())`` copies a layer into one of another kind exactly. The grid travels along: a
-    layer with another ``spline_order`` or ``grid_range`` refuses the weights.
+    layer with another ``spline_order`` or ``grid_range`` refuses the weights: a ``RuntimeError`` that names both.
 
     Shape: ``(*, I) -> (*, O)``, any leading dimensions, none and empty ones included. The result has the wider of the
     dtypes of ``x`` and the weights; bases are evaluated in float32 or better. A NaN makes its own sample NaN only.

@@ -327,13 +327,16 @@ def run(out: Path, device: str, quick: bool = False, minutes: float = 30) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="the CSV to write (replaced); default data/timings/DEVICE.csv")
+    parser.add_argument(
+        "--out", type=Path, help="the CSV to write (replaced); default DEVICE.csv in data/timings, if it is there"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true", help="leave out the shapes 784-64, 1024-1024 and 256-256")
     parser.add_argument("--minutes", type=float, default=30, help="stop after this time, keeping the rows so far")
     options = parser.parse_args()
     name = "".join(c if c.isalnum() else "_" for c in device_name(options.device).lower()).replace("__", "_")
     folder = Path(__file__).parents[2] / "data" / "timings"
+    folder = folder if folder.is_dir() else Path.cwd()  # installed, there is no repository around
     run(options.out or folder / f"{name}.csv", options.device, options.quick, options.minutes)
 
 

@@ -225,6 +225,7 @@ def _traced(*tensors: Tensor | None) -> bool:
     """Whether something records this call: a compiler, an export or a mode that works with tensors without data."""
     return bool(
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or tensors[0].is_meta
         or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)

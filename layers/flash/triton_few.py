@@ -170,7 +170,7 @@ def _column(
         n = tl.arange(0, NB)
         here = n < samples
         keys += pid.to(tl.int64) * samples
-        key = sorted_keys(x, i, n, here, samples, features, size, lo, hi, inv_h, ORDER, CT, KT, BITS)
+        key = sorted_keys(x, i, n, here, features, size, lo, hi, inv_h, ORDER, CT, KT, BITS)
         tl.store(keys + n, key, mask=here)
         tl.debug_barrier()
     else:

@@ -13,7 +13,7 @@ from layers.flash.triton_basis import locate, silu
 
 @triton.jit
 def sorted_keys(
-    x, i, n, here, samples, features, size, lo, hi, inv_h,
+    x, i, n, here, features, size, lo, hi, inv_h,
     ORDER: tl.constexpr, CT: tl.constexpr, KT: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """The samples ``n`` of feature ``i`` in order of their cells, as ``(cell + k + 1) << BITS | sample``."""
@@ -48,9 +48,7 @@ def sort_kernel(
     i = tl.program_id(0).to(tl.int64)
     lo, hi, inv_h = tl.full([], lo, CT), tl.full([], hi, CT), tl.full([], inv_h, CT)
     n = tl.arange(0, NB)
-    key = sorted_keys(
-        x, i, n, n < samples, samples, features, size, lo, hi, inv_h, ORDER, CT, keys.dtype.element_ty, BITS
-    )
+    key = sorted_keys(x, i, n, n < samples, features, size, lo, hi, inv_h, ORDER, CT, keys.dtype.element_ty, BITS)
     tl.store(keys + i * samples + n, key, mask=n < samples)
 
 
@@ -80,7 +78,7 @@ def arrange_kernel(
             act *= tl.load(scale + at, mask=here, other=0.0).to(CT)
         tl.store(acts + i * samples + n, act.to(acts.dtype.element_ty), mask=here)
     if SORT:
-        key = sorted_keys(x, i, n, here, samples, features, size, lo, hi, inv_h, ORDER, CT, keys.dtype.element_ty, BITS)
+        key = sorted_keys(x, i, n, here, features, size, lo, hi, inv_h, ORDER, CT, keys.dtype.element_ty, BITS)
         _place(key, here, n, x, places, slopes, samples, features, i, lo, inv_h, ORDER, DOT_D, CT, SLOPES, BITS)
         step = n + (key >> BITS).to(tl.int32)
         for first in range(0, stretches + 1, 4):
