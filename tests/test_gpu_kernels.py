@@ -90,6 +90,25 @@ def test_the_tile_that_was_measured_to_be_faster(product, tile):
     assert gpu_tiles.plan((product,), *a100).tile is not gpu_tiles.LARGE, "it does not fit into the shared memory"
 
 
+@pytest.mark.parametrize(
+    "dtype, outputs, size, dense",
+    (
+        (torch.float16, 512, 95, True),  # backward 240 µs, by the local route 242
+        (torch.float16, 512, 100, False),
+        (torch.bfloat16, 512, 100, True),  # 223, 234
+        (torch.float16, 64, 60, True),  # 160, 161
+        (torch.float16, 64, 70, False),  # 176, 162
+        (torch.bfloat16, 64, 70, True),  # 150, 158
+    ),
+)
+def test_the_route_that_was_measured_to_be_faster(dtype, outputs, size, dense):
+    pytest.importorskip("triton")
+    from layers.flash import dispatch
+
+    weight = torch.empty(4, size + 3, outputs, dtype=dtype)
+    assert dispatch._dense_wins(torch.empty(1024, 4), weight, backward=True) is dense
+
+
 @pytest.mark.parametrize("count", (1, 300, 2**16 * 256, 2**28))
 def test_no_axis_of_a_grid_is_longer_than_cuda_allows(count):
     from layers.flash.launch import block, ceil_div

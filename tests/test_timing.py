@@ -146,6 +146,18 @@ def test_rows_are_whole_and_can_be_read_back(tmp_path, monkeypatch):
     assert timing_plots.read(tmp_path) == []
 
 
+def test_where_rows_are_written(tmp_path, monkeypatch):
+    """In the repository beside the others; where the package alone is installed, where the benchmark is run."""
+    written = []
+    monkeypatch.setattr(benchmark, "run", lambda out, *_: written.append(out.parent))
+    monkeypatch.setattr("sys.argv", ["benchmark", "--device", "cpu"])
+    monkeypatch.chdir(tmp_path)
+    benchmark.main()
+    monkeypatch.setattr(benchmark, "__file__", str(tmp_path / "site-packages" / "layers" / "flash" / "benchmark.py"))
+    benchmark.main()
+    assert written == [timing_plots.TIMINGS, tmp_path]
+
+
 def test_a_wrong_layer_gets_no_row(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "jobs", lambda device, quick: [benchmark.Job("FlashKAN", "8-4", 5)])
     monkeypatch.setattr(benchmark, "build", lambda *of: Wrong(8, 4, 5))
