@@ -416,16 +416,26 @@ def test_dtypes_that_differ(inputs, weights, bases, route, device):
         assert a.dtype == leaf.dtype and error <= limit + own, f"{name}: off by {error:.1e}"
 
 
-@pytest.mark.parametrize("size", (1e6, 1e-9))
-def test_large_and_small_gradients_of_weights_in_float16(size, route, device):
-    """float16 itself ends at 65,504 and at 6e-8; a gradient in float32 on its way to ``x`` does not."""
+def float16_layer(device):
+    """Inputs in float32, weights in float16, a gradient that comes back to them, and what made these numbers."""
     rng = torch.Generator().manual_seed(1)
     x, weight, base, g = (torch.randn(s, generator=rng) for s in ((300, 16), (16, 8, 64), (16, 64), (300, 64)))
-    x, weight, base = x.to(device).requires_grad_(), weight.to(device).half(), base.to(device).half()
+    return x.to(device), weight.to(device).half(), base.to(device).half(), g.to(device), rng
+
+
+@pytest.mark.parametrize("size", (1e6, 1e-9))
+def test_large_and_small_gradients_pass_weights_in_float16(size, route, device):
+    """float16 itself ends at 65,504 and at 6e-8; a gradient in float32 on its way to ``x`` does not."""
+    x, weight, base, g, _ = float16_layer(device)
+    x.requires_grad_()
     y = flash_kan(x, weight, base, route=route)
-    (got,) = torch.autograd.grad(y, x, size * g.to(device), retain_graph=True)
-    (needed,) = torch.autograd.grad(y, x, g.to(device))
+    (got,) = torch.autograd.grad(y, x, size * g, retain_graph=True)
+    (needed,) = torch.autograd.grad(y, x, g)
     assert (got / size - needed).norm() < 5e-3 * needed.norm()
+
+
+def test_sums_of_gradients_for_weights_in_float16(route, device):
+    x, weight, base, g, rng = float16_layer(device)
     weight.requires_grad_()
     g = 3e4 * torch.rand(g.shape, generator=rng).to(device)  # 300 of them are more than float16 holds, in parts less
     got, needed = (
@@ -439,14 +449,13 @@ def test_gradients_of_all_sizes_for_weights_in_float16(size, route, device, requ
     """Their own gradients hold what float16 can: it is rounded once, not each part of a sum."""
     if device == "cuda" and route == "local" and size < 1:
         request.applymarker(pytest.mark.xfail(strict=True, reason="carries of the walk are rounded, see NOTES.md"))
-    rng = torch.Generator().manual_seed(1)
-    x, weight, base, g = (torch.randn(s, generator=rng) for s in ((300, 16), (16, 8, 64), (16, 64), (300, 64)))
+    x, weight, base, g, _ = float16_layer(device)
     if size > 1:
         g[0] *= size  # more than float16 holds, but no basis value is above 2/3
     else:
         g *= size
-    x, leaves = x.to(device), [t.to(device).half().requires_grad_() for t in (weight, base)]
-    both = (torch.autograd.grad(flash_kan(x, *leaves, route=r), leaves, g.to(device)) for r in (route, "reference"))
+    leaves = [t.requires_grad_() for t in (weight, base)]
+    both = (torch.autograd.grad(flash_kan(x, *leaves, route=r), leaves, g) for r in (route, "reference"))
     for got, needed in zip(*both, strict=True):
         held = needed.isfinite()
         error = (got.double() - needed)[held].norm() / needed[held].double().norm()
