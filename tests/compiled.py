@@ -24,6 +24,7 @@ CALLS = [  # B, I, O, G, the dtype of the weights, and what they meet
     (100, 64, 10, 500, torch.float32),  # atomics
     (256, 64, 64, 20, torch.float32),  # the walk
     (512, 64, 512, 300, torch.bfloat16),
+    (1100, 8, 64, 20, torch.float32),  # more samples than a program sorts
 ]
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes for a program
 

@@ -14,6 +14,7 @@ MAX_DERIVATIVE = 2
 FEW_OUTPUTS = 32  # up to which one program takes all outputs of a sample
 # Few outputs, and yet the backward pass is a walk: from so many outputs, samples, and samples times rows on.
 WALK_OUTPUTS, WALK_SAMPLES, WALK_WORK = 17, 512, 100_000
+FEW_SAMPLES = 2048  # few outputs: with more, sums on tensor cores, which are cut off, would be too long
 
 
 def covers(weight: Tensor, order: int, d: int) -> bool:
@@ -40,7 +41,7 @@ def apply(
 def _few(x: Tensor, weight: Tensor) -> bool:
     """Whether the backward pass is made of small products on tensor cores, which suit float32, and not a walk."""
     samples, (_, rows, outputs) = x.shape[0], weight.shape
-    if outputs > FEW_OUTPUTS or samples > gpu_walk.AT_ONCE or compute_dtype(x, weight) != torch.float32:
+    if outputs > FEW_OUTPUTS or samples > FEW_SAMPLES or compute_dtype(x, weight) != torch.float32:
         return False
     return outputs < WALK_OUTPUTS or samples < WALK_SAMPLES or samples * rows < WALK_WORK
 

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from layers.flash import triton_few, triton_sort, triton_windows
+from layers.flash import gpu_sort, triton_few, triton_windows
 from layers.flash.launch import Launch, ceil_div, divisor, dtypes, multiprocessors, power_of_2, remembered, tf32_allowed
 from layers.flash.reference import compute_dtype
 
@@ -87,7 +87,7 @@ def _backward(
     adding: bool,
     processors: int,
 ) -> tuple[Launch, Launch | None, tuple, torch.dtype]:
-    """The launch; the one that sorts before, if any; shape and dtype of the keys, none where nothing is sorted."""
+    """The launch; the one behind the keys that it reads, if any; shape and dtype of those that it makes itself."""
     samples, features, rows = shape
     _, _, _, _, base, scale = kinds
     size, step = rows - order, divisor(outputs, 4)
@@ -110,17 +110,13 @@ def _backward(
         programs = bases + samples * ceil_div(features, constants["BI"])
         launch = Launch(triton_few.adds_kernel, (programs,), (*numbers, bases, *grid), constants | BASE_TILE, 4)
         return launch, None, (0,), torch.int32
-    columns, block = features * groups, power_of_2(samples)
-    bits, key_dtype = triton_sort.key_format(samples, size, order)
-    sort = None
-    if not along:
-        sort_constants = {"ORDER": order, "CT": tl.float32, "NB": block, "BITS": bits}
-        sort_numbers = (samples, features, size, *grid)
-        sort = Launch(triton_sort.sort_kernel, (features,), sort_numbers, sort_constants, triton_sort.sort_warps(block))
+    columns = features * groups
+    bits, key_dtype = gpu_sort.key_format(samples, size, order)
+    sort = None if along else gpu_sort.for_keys((samples, features, size), order, bits, grid, tl.float32)
     numbers = (*numbers, ceil_div(rows, frame), groups, columns, bases, *grid)
-    constants |= {"SORT": along, "NB": block, "BITS": bits, "BM": frame, "BS": chunk} | BASE_TILE
+    constants |= {"SORT": along, "NB": power_of_2(samples), "BITS": bits, "BM": frame, "BS": chunk} | BASE_TILE
     launch = Launch(triton_few.columns_kernel, (columns + bases + gathers,), numbers, constants, warps)
-    return launch, sort, (columns if along else features, samples), key_dtype
+    return launch, sort, (columns, samples) if along else (0,), key_dtype
 
 
 def adjoint(
@@ -137,8 +133,7 @@ def adjoint(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``dot`` and ``scatter``; see ``layers/flash/reference.py``. An order of -1 leaves a result out (``None``).
 
-    Contiguous tensors, at least one sample and at most as many as a kernel can sort; ``order - scatter_d >= 1``; not
-    in float64.
+    Contiguous tensors, at least one sample and fewer than 2**16; ``order - scatter_d >= 1``; not in float64.
     """
     rows, outputs = weight.shape[1:]
     kinds, shape = dtypes(grad, x, weight, base, scale), (*x.shape, rows)
@@ -154,10 +149,10 @@ def adjoint(
     if scatter_d >= 0:
         v = torch.zeros_like(weight) if adding else torch.empty_like(weight)
         b = None if base is None else torch.empty_like(base)
-    if len(key_shape) == 2:
-        keys = torch.empty(key_shape, dtype=key_dtype, device=x.device)
     if sort is not None:
-        sort(x, keys)
+        keys = gpu_sort.keys(sort, x, rows - order, order)
+    elif len(key_shape) == 2:
+        keys = torch.empty(key_shape, dtype=key_dtype, device=x.device)
     scratch = [t if t is not None else x for t in (keys, windows, dots, v, b)]
     if keys is None:
         del scratch[0]

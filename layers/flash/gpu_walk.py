@@ -1,4 +1,4 @@
-"""Launches the kernels of ``triton_walk.py``: the backward pass for many outputs, or more samples than a kernel can sort.
+"""Launches the kernels of ``triton_walk.py``: the backward pass for many outputs, or many samples.
 
 The shapes are fixed by short measured rules, so that no reader waits for an autotuner; ``layers/flash/NOTES.md`` holds
 the measurements.
@@ -13,11 +13,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from layers.flash import triton_sort, triton_walk
+from layers.flash import gpu_sort, triton_walk
 from layers.flash.launch import (
     INTERPRETED,
     Launch,
-    block,
     ceil_div,
     divisor,
     dtypes,
@@ -28,7 +27,6 @@ from layers.flash.launch import (
 )
 from layers.flash.reference import compute_dtype
 
-AT_ONCE = 2048  # samples; above, torch.sort is faster than one program that sorts
 NARROW_GRAD = 700  # rows from which a gradient in bfloat16 is worth the conversion, as the walk waits for memory
 FETCHED = 0 if INTERPRETED or torch.version.hip else 3  # rows ahead that are brought to the cache, in PTX
 STEPS = 32  # samples and cells that are worth a program of their own in the walk
@@ -59,10 +57,10 @@ def walk_shape(samples: int, features: int, rows: int, outputs: int, order: int,
 
 
 class Launches(NamedTuple):
-    """Of a backward pass: they sort, find places, walk, and add the carries of stretches."""
+    """Of a backward pass: one that sorts, or two before and after PyTorch does; the walk; one that adds the carries of its
+    stretches."""
 
-    arrange: Launch
-    place: Launch
+    sort: tuple[Launch, ...]
     walk: Launch
     carry: Launch
 
@@ -81,35 +79,28 @@ def _backward(
 ) -> tuple[Launches, Walk, torch.dtype]:
     """The launches, the walk's shape, and the dtype of the keys."""
     (samples, features, rows), (_, _, x_dtype, weight_dtype, base, scale) = shape, kinds
-    wide, size = torch.float64 in (x_dtype, weight_dtype), rows - order
+    wide, size, step = torch.float64 in (x_dtype, weight_dtype), rows - order, unit(outputs)
     walk = walk_shape(samples, features, rows, outputs, order, wide, processors)
-    in_kernel, cut = samples <= AT_ONCE, (walk.each, walk.stretches)
-    bits, key_dtype = triton_sort.key_format(samples, size, order)
-    has_base, inv_h = base is not None, size / (hi - lo)
-    shared = {"ORDER": order, "DOT_D": dot_d}
+    cut = walk.each, walk.stretches
+    bits, key_dtype = gpu_sort.key_format(samples, size, order)
+    has_base, scaled, inv_h = base is not None, scale is not None, size / (hi - lo)
     sums = {"CT": tl.float64 if wide else tl.float32}
-    slopes = {"SLOPES": has_base and dot_d >= 0}
-    at_once = power_of_2(samples) if in_kernel else block(samples, 1024)
-    constants = shared | {"SCATTER_D": scatter_d} | sums | {"SCALED": scale is not None} | slopes
-    constants |= {"ACTS": has_base and scatter_d >= 0, "SORT": in_kernel, "NB": at_once, "BITS": bits}
-    numbers = (samples, features, size, *cut, lo, hi, inv_h)
-    grid, warps = (features, ceil_div(samples, at_once)), triton_sort.sort_warps(at_once) if in_kernel else 4
-    arrange = Launch(triton_sort.arrange_kernel, grid, numbers, constants, warps)
-    constants = shared | sums | slopes | {"BITS": bits, "BN": block(samples, 256)}
-    grid = (features, ceil_div(samples, constants["BN"]))
-    place = Launch(triton_sort.place_kernel, grid, (samples, features, *cut, lo, inv_h), constants, 4)
-    constants = shared | {"SCATTER_D": scatter_d} | sums | {"SCALED": scale is not None, "BASE": has_base}
-    step = unit(outputs)
-    constants |= {"BITS": bits, "UNIT": step, "BO": walk.block, "WHOLE": outputs % walk.block == 0, "FAR": walk.far}
+    places = {"DOT_D": dot_d} | sums | {"SLOPES": has_base and dot_d >= 0}
+    acts = has_base and scatter_d >= 0
+    at, grid = (samples, features, size), (lo, hi, inv_h)
+    sort = gpu_sort.for_walk(at, order, bits, grid, cut, scatter_d, scaled, acts, places)
+    constants = {"ORDER": order, "DOT_D": dot_d, "SCATTER_D": scatter_d} | sums | {"SCALED": scaled, "BASE": has_base}
+    constants |= {"BITS": bits, "UNIT": step, "BO": walk.block, "WHOLE": outputs % walk.block == 0}
     neighbours = divisor(outputs, 16 // weight_dtype.itemsize)
-    constants |= {"FETCH": FETCHED, "FOLD": neighbours if walk.block >= 256 else 0}
+    apart = {"APART": walk.stretches > 1 and weight_dtype.itemsize == 2}
+    constants |= apart | {"FAR": walk.far, "FETCH": FETCHED, "FOLD": neighbours if walk.block >= 256 else 0}
     numbers = (samples, features, outputs // step, size, *cut, inv_h)
     grid = (features, walk.stretches, ceil_div(outputs, walk.block))
     go = Launch(triton_walk.walk_kernel, grid, numbers, constants, 1, registers=walk.registers)
-    constants = {"ORDER": order} | sums | {"UNIT": step, "BO": min(walk.block, 256)}
+    constants = {"ORDER": order} | sums | {"UNIT": step} | apart | {"BO": min(walk.block, 256)}
     grid = (features, walk.stretches - 1, ceil_div(outputs, constants["BO"]) * (order + 1))
     carry = Launch(triton_walk.carry_kernel, grid, (features, outputs // step, size, *cut), constants, 2)
-    return Launches(arrange, place, go, carry), walk, key_dtype
+    return Launches(sort, go, carry), walk, key_dtype
 
 
 def adjoint(
@@ -145,10 +136,11 @@ def adjoint(
         acts = torch.empty_like(places, dtype=base.dtype if narrow else sums)
     cuts = torch.empty(features, walk.stretches + 1, dtype=torch.int32, device=device)
     scaling = x if scale is None else scale
-    launches.arrange(x, scaling, keys, places, slopes, acts, cuts)
-    if samples > AT_ONCE:
-        keys = keys.sort(dim=1).values
-        launches.place(x, keys, places, slopes, cuts)
+    first, *place = launches.sort
+    if place:
+        place[0](*gpu_sort.sorted_cells(first, x, scaling, acts, rows - order, order), keys, places, slopes, cuts)
+    else:
+        first(x, scaling, keys, places, slopes, acts, cuts)
     dots = v = b = carries = None
     if base is not None and scatter_d >= 0:  # before there is a gradient: what this needs is free again then
         b = (acts @ grad.to(acts.dtype)).to(base.dtype)
@@ -157,7 +149,8 @@ def adjoint(
     if scatter_d >= 0:
         v = torch.empty_like(weight)
         if walk.stretches > 1:
-            carries = v.new_empty(walk.stretches - 1, features, order + 1, outputs)
+            each, dtype = (2, sums) if weight.dtype.itemsize == 2 else (1, weight.dtype)
+            carries = v.new_empty(each * (walk.stretches - 1), features, order + 1, outputs, dtype=dtype)
     results = (places if t is None else t for t in (dots, v, v if carries is None else carries))
     base = weight if base is None else base
     launches.walk(grad, scaling, weight, base, keys, places, slopes, cuts, *results)

@@ -84,16 +84,17 @@ def walk_kernel(
     inv_h: "fp64",
     ORDER: tl.constexpr, DOT_D: tl.constexpr, SCATTER_D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr,
     BASE: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, BO: tl.constexpr, WHOLE: tl.constexpr,
-    FAR: tl.constexpr, FETCH: tl.constexpr, FOLD: tl.constexpr,
+    APART: tl.constexpr, FAR: tl.constexpr, FETCH: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """One feature, one stretch of its walk (see ``arrange_kernel``), one block of outputs: cell by cell, sample by sample.
     There are ``units`` of UNIT outputs.
 
     A stretch writes the rows from its first to the next one's; what its samples add to the ``k + 1`` rows behind these
-    is its carry (stretches - 1, I, k + 1, O). ``dots`` has one for the blocks of outputs; WHOLE: BO divides the outputs.
-    The loop over cells is unrolled ``k + 1`` times: then a window that moves on by a row is a matter of names, and no
-    register is copied. FAR: weights are read two rows ahead, not one; FETCH: into the cache, as many rows ahead (or 0);
-    FOLD: see ``_share``.
+    is its carry (stretches - 1, I, k + 1, O). APART: ``carries`` are wider than ``gradient``, and behind them lie as many
+    rows more: the first ``k + 1`` of each stretch but the first, which carries are added to before they are rounded.
+    ``dots`` has one for the blocks of outputs. WHOLE: BO divides the outputs. The loop over cells is unrolled ``k + 1``
+    times: then a window that moves on by a row is a matter of names, and no register is copied. FAR: weights are read two
+    rows ahead, not one; FETCH: into the cache, as many rows ahead (or 0); FOLD: see ``_share``.
     """
     outputs = units * UNIT
     i = tl.program_id(0).to(tl.int64)
@@ -113,6 +114,10 @@ def walk_kernel(
     carried = (SCATTER_D >= 0) & (stretch + 1 < stretches)
     weight += i * rows * outputs
     gradient += i * rows * outputs
+    if APART:
+        opened = tl.where(stretch > 0, c + ORDER + 1, c)
+        before = (stretches - 2 + stretch).to(tl.int64)  # carries, and what stretches before leave behind them
+        heads = carries + ((before * features + i) * (ORDER + 1) - c) * outputs
     carries += ((stretch.to(tl.int64) * features + i) * (ORDER + 1) - stop) * outputs
     keys += i * samples
     places += i * samples
@@ -188,9 +193,15 @@ def walk_kernel(
                 j += 1
                 g, f, slope, key, key_next = g_next, f_next, slope_next, key_next, key_after
             if SCATTER_D >= 0:
-                row = tl.where(c < stop, gradient, carries) + c * outputs + o
-                there = inside & (c >= 0) & (c < beyond)
-                tl.store(row, a0.to(gradient.dtype.element_ty), mask=there, eviction_policy="evict_first")
+                row, there, sums = c * outputs + o, inside & (c >= 0) & (c < beyond), a0.to(gradient.dtype.element_ty)
+                if APART:
+                    if (c >= opened) & (c < stop):
+                        tl.store(gradient + row, sums, mask=there, eviction_policy="evict_first")
+                    else:
+                        tl.store(tl.where(c < stop, heads, carries) + row, a0, mask=there)
+                else:
+                    row = tl.where(c < stop, gradient, carries) + row
+                    tl.store(row, sums, mask=there, eviction_policy="evict_first")
                 a0, a1, a2, a3, a4, a5 = _moved(a0, a1, a2, a3, a4, a5, nil, ORDER + 1)
             c += 1
             if DOT_D >= 0:
@@ -211,11 +222,12 @@ def walk_kernel(
 def carry_kernel(
     cuts, carries, gradient,
     features, units, size, each, stretches,
-    ORDER: tl.constexpr, CT: tl.constexpr, UNIT: tl.constexpr, BO: tl.constexpr,
+    ORDER: tl.constexpr, CT: tl.constexpr, UNIT: tl.constexpr, APART: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """Adds the carries of a feature's stretches to its gradient: a program one row of a carry, and all that meet it there.
 
-    Where several meet in a row, the program of the last one adds them all, in their order backwards.
+    Where several meet in a row, the program of the last one adds them all, in their order backwards. APART: see
+    ``walk_kernel``.
     """
     outputs = units * UNIT
     i = tl.program_id(0).to(tl.int64)
@@ -231,7 +243,11 @@ def carry_kernel(
     row = first + r
     mine = (row >= 0) & (row < rows) & ((stretch + 1 == stretches) | (row < after))
     there = mine & (o < outputs)
-    total = tl.load(gradient + row * outputs, mask=there, other=0.0).to(CT)
+    if APART:
+        head = ((stretches - 2 + stretch).to(tl.int64) * features * (ORDER + 1) + r) * outputs
+        total = tl.load(carries + head, mask=there, other=0.0).to(CT)
+    else:
+        total = tl.load(gradient + row * outputs, mask=there, other=0.0).to(CT)
     while mine & (stretch > 0) & (row <= first + ORDER):
         of = ((stretch - 1).to(tl.int64) * features * (ORDER + 1) + (row - first)) * outputs
         total += tl.load(carries + of, mask=there, other=0.0).to(CT)
