@@ -55,15 +55,18 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, more: Tensor | None = Non
     return a @ b if more is None else more.addmm_(a, b)
 
 
-def _narrowed(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """``grad`` in float16, and what has to be multiplied by the results (1,).
+def _narrowed(grad: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """``grad`` in float16 and what has to be multiplied by the results (1,): for ``dot``, and for ``scatter``.
 
     float16 ends at 65,504 and holds nothing below 6e-8, where a gradient in float32 may well be. It is divided by its
     largest number, and by more where sums over very many samples could overflow.
     """
+    if grad.is_cuda:
+        return _on_gpu().narrowed(grad)
     largest = torch.linalg.vector_norm(grad, torch.inf).view(1)
     factor = torch.nan_to_num(largest * max(1, len(grad) / 2**15) + 1e-30, nan=1.0, posinf=1.0)
-    return torch.div(grad, factor, out=torch.empty_like(grad, dtype=torch.float16)), factor
+    narrow = torch.div(grad, factor, out=torch.empty_like(grad, dtype=torch.float16)), factor
+    return narrow, narrow
 
 
 def _multiply(results: Tensor, factor: Tensor) -> Tensor:
@@ -104,7 +107,7 @@ def adjoint(
         p, v, b = run(grad.to(weight.dtype), *layer, dot_d, scatter_d)
     else:
         p, v, b = x.new_empty(0), x.new_empty(0), x.new_empty(0)
-        for_dot, for_scatter = _on_gpu().narrowed(grad) if grad.is_cuda else (_narrowed(grad),) * 2
+        for_dot, for_scatter = _narrowed(grad)
         if dot_d >= 0:
             p = _multiply(_adjoint(for_dot[0], *layer, dot_d, -1)[0], for_dot[1])
         if scatter_d >= 0:

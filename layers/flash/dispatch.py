@@ -48,9 +48,10 @@ class Limits(NamedTuple):
     samples: int = 0  # with fewer, fewer rows
 
 
+BFLOAT16 = Limits(40, 3, 170, 76, 103)
 LIMITS = {
-    "bfloat16": Limits(40, 3, 170, 76, 103),
-    "float16": Limits(40, 3, 170, 63, 98),  # gradients are brought into its range
+    "bfloat16": BFLOAT16,
+    "float16": BFLOAT16._replace(backward=63, wide_backward=98),  # gradients are brought into its range
     "tf32": Limits(19, 3, 80, 33, 33),
     "parts": Limits(14, 7, 49, 28, 24, 700),  # float32 in two parts, see gpu_parts.py
     "float32": Limits(8, 32, 16, 10, 10),

@@ -204,7 +204,7 @@ def contract_kernel(
     tl.store(dots + n, total.to(dots.dtype.element_ty), mask=here)
 
 
-@triton.jit(do_not_specialize=["count", "more"])
+@triton.jit(do_not_specialize=["count"])
 def narrow_kernel(
     grad, largest, scaled, kept, factors,
     count, more: "fp32", least: "fp32", most: "fp32",
@@ -233,7 +233,8 @@ def multiply_kernel(numbers, factor, count, BN: tl.constexpr):
     """numbers (count) times factor (1), in place. Where that is 1 nothing is read."""
     by = tl.load(factor)
     if by != 1:
-        for start in range(tl.program_id(0) * BN, count, tl.num_programs(0) * BN):
-            at = tl.cast(start, tl.int64) + tl.arange(0, BN)
+        # With 64 bits: a step beyond the last of nearly 2**31 numbers would be negative with 32, and never the last.
+        for start in range(tl.program_id(0).to(tl.int64) * BN, count, tl.num_programs(0) * BN):
+            at = start + tl.arange(0, BN)
             v = tl.load(numbers + at, mask=at < count, other=0.0).to(tl.float32) * by
             tl.store(numbers + at, v.to(numbers.dtype.element_ty), mask=at < count)
