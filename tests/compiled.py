@@ -22,6 +22,7 @@ CALLS = [  # B, I, O, G, the dtype of the weights, and what they meet
     (200, 64, 10, 50, torch.bfloat16),  # a fine one, sorted along
     (300, 64, 10, 50, torch.float32),  # sorted before
     (100, 64, 10, 500, torch.float32),  # atomics
+    (2100, 512, 10, 5, torch.float32),  # sums in pieces
     (256, 64, 64, 20, torch.float32),  # the walk
     (512, 64, 512, 300, torch.bfloat16),
     (1100, 8, 64, 20, torch.float32),  # more samples than a program sorts

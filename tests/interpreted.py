@@ -55,6 +55,7 @@ SETTINGS = [  # numbers that decide which kernel runs: with other ones small cas
     ([(gpu_sort, "AT_ONCE", 8)], SOME, WAYS[:1]),  # keys sorted by torch
     ([(gpu_few, "SORT_ALONG", 8), (gpu_few, "FEW_ROWS", 4)], SOME, WAYS[:2]),  # few outputs: sorted by a kernel before
     ([(gpu_few, "SORT_ALONG", 8), (gpu_few, "FEW_ROWS", 4), (gpu_sort, "AT_ONCE", 8)], SOME, WAYS[:2]),  # … by torch
+    ([(gpu_few, "LONG", 8), (gpu_few, "CHUNK", 16), (gpu, "FEW_WORK", 0)], CASES[:4], WAYS),  # … sums in pieces
     ([(gpu_few, "multiprocessors", lambda _: 1), (gpu_few, "FEW_ROWS", 4)], SOME, WAYS[:1]),  # a program, many tiles
     ([(gpu_few, "adds", lambda *_: True), (gpu_few, "FEW_ROWS", 1)], CASES[:6:3], WAYS),  # few outputs: atomics
     ([(gpu_walk, "STEPS", 8), (gpu, "FEW_OUTPUTS", 0)], [*CASES, WIDE], WAYS),  # the walk, cut into many stretches

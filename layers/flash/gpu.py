@@ -14,7 +14,8 @@ MAX_DERIVATIVE = 2
 FEW_OUTPUTS = 32  # up to which one program takes all outputs of a sample
 # Few outputs, and yet the backward pass is a walk: from so many outputs, samples, and samples times rows on.
 WALK_OUTPUTS, WALK_SAMPLES, WALK_WORK = 17, 512, 100_000
-FEW_SAMPLES = 2048  # few outputs: with more, sums on tensor cores, which are cut off, would be too long
+# With more samples than gpu_few.LONG, too, but for coarse grids of so many rows in all, which keep the GPU busy.
+FEW_WORK = 4096
 
 
 def covers(weight: Tensor, order: int, d: int) -> bool:
@@ -40,9 +41,11 @@ def apply(
 
 def _few(x: Tensor, weight: Tensor) -> bool:
     """Whether the backward pass is made of small products on tensor cores, which suit float32, and not a walk."""
-    samples, (_, rows, outputs) = x.shape[0], weight.shape
-    if outputs > FEW_OUTPUTS or samples > FEW_SAMPLES or compute_dtype(x, weight) != torch.float32:
+    samples, (features, rows, outputs) = x.shape[0], weight.shape
+    if outputs > FEW_OUTPUTS or compute_dtype(x, weight) != torch.float32:
         return False
+    if samples > gpu_few.LONG:
+        return rows <= gpu_few.FEW_ROWS and features * rows >= FEW_WORK and x.numel() < 2**31
     return outputs < WALK_OUTPUTS or samples < WALK_SAMPLES or samples * rows < WALK_WORK
 
 

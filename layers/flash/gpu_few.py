@@ -17,6 +17,7 @@ from layers.flash.reference import compute_dtype
 FEW_ROWS = 32  # of the gradient, up to which all samples go through the products and nothing is sorted
 SORT_ALONG = 256  # samples, up to which every program that needs a feature's samples in order sorts them itself
 ROWS_TILE = {"BM": 64, "BS": 32}  # coarse grid: rows and samples of a product
+LONG, CHUNK = 2048, 1024  # longer sums over samples are made of pieces, as tensor cores cut them off
 BASE_TILE = {"BASE_BM": 16, "BASE_BS": 32}  # fine grid: features and samples of a product for the base gradient
 ADD_ROWS, ADD_OUTPUTS = 256, 16  # more rows, twice as many as samples, and no more outputs: atomics
 
@@ -104,7 +105,8 @@ def _backward(
     if coarse:
         programs = ceil_div(features * rows, ROWS_TILE["BM"]) if scatter_d >= 0 else 0
         numbers = (*numbers, bases, programs, *grid)
-        launch = Launch(triton_few.rows_kernel, (bases + programs + gathers,), numbers, constants | ROWS_TILE, 4)
+        constants |= {"CHUNK": CHUNK if samples > LONG else 0} | ROWS_TILE
+        launch = Launch(triton_few.rows_kernel, (bases + programs + gathers,), numbers, constants, 4)
         return launch, None, (0,), torch.int32
     if adding:
         programs = bases + samples * ceil_div(features, constants["BI"])
@@ -133,7 +135,7 @@ def adjoint(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``dot`` and ``scatter``; see ``layers/flash/reference.py``. An order of -1 leaves a result out (``None``).
 
-    Contiguous tensors, at least one sample and fewer than 2**16; ``order - scatter_d >= 1``; not in float64.
+    Contiguous tensors, at least one sample, and on a fine grid at most LONG; ``order - scatter_d >= 1``; not in float64.
     """
     rows, outputs = weight.shape[1:]
     kinds, shape = dtypes(grad, x, weight, base, scale), (*x.shape, rows)

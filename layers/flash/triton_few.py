@@ -33,25 +33,59 @@ def _grads(grad, b, o, here, outputs):
 
 
 @triton.jit
+def _base_sum(
+    start, stop, x, scale, grad, i, o, ok, features, outputs,
+    D: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    acc = tl.zeros((BM, BN), tl.float32)
+    for first in range(start, stop, BS):
+        b = first + tl.arange(0, BS)
+        here = b < stop
+        act = silu(_transposed(x, b, i, here, ok, features), D)
+        if SCALED:
+            act *= _transposed(scale, b, i, here, ok, features)
+        acc = tl.dot(act, _grads(grad, b, o, here, outputs), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def _base(
     pid, x, scale, grad, base_gradient, samples, features, outputs,
-    D: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """base_gradient[i, o] for BM features and all outputs: the sum over samples of ``silu(x) * grad``."""
     i = pid * BM + tl.arange(0, BM)
     o = tl.arange(0, BN)
     ok = i < features
-    acc = tl.zeros((BM, BN), tl.float32)
-    for first in range(0, samples, BS):
-        b = first + tl.arange(0, BS)
-        here = b < samples
-        act = silu(_transposed(x, b, i, here, ok, features), D)
-        if SCALED:
-            act *= _transposed(scale, b, i, here, ok, features)
-        acc = tl.dot(act, _grads(grad, b, o, here, outputs), acc, input_precision=PRECISION)
+    if CHUNK:
+        acc = tl.zeros((BM, BN), tl.float32)
+        for first in range(0, samples, CHUNK):
+            stop = tl.minimum(first + CHUNK, samples)
+            acc += _base_sum(first, stop, x, scale, grad, i, o, ok, features, outputs, D, SCALED, PRECISION, BM, BS, BN)
+    else:
+        acc = _base_sum(0, samples, x, scale, grad, i, o, ok, features, outputs, D, SCALED, PRECISION, BM, BS, BN)
     to = i.to(tl.int64)[:, None] * outputs + o[None, :]
     tl.store(base_gradient + to, acc.to(base_gradient.dtype.element_ty), mask=ok[:, None] & (o < outputs)[None, :])
+
+
+@triton.jit
+def _rows_sum(
+    start, stop, x, scale, grad, i, o, ok, centre, features, outputs, lo, inv_h,
+    ORDER: tl.constexpr, D: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    acc = tl.zeros((BM, BN), tl.float32)
+    for first in range(start, stop, BS):
+        b = first + tl.arange(0, BS)
+        here = b < stop
+        u = (_transposed(x, b, i, here, ok, features) - lo) * inv_h
+        a = cardinal(u - centre, inv_h, ORDER, D)
+        if SCALED:
+            a *= _transposed(scale, b, i, here, ok, features)
+        acc = tl.dot(a, _grads(grad, b, o, here, outputs), acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit(do_not_specialize=["samples", "features", "size", "bases", "row_programs"])
@@ -61,16 +95,19 @@ def rows_kernel(
     lo: "fp64", hi: "fp64", inv_h: "fp64",
     ORDER: tl.constexpr, DOT_D: tl.constexpr, SCATTER_D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr,
     BASE: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr,
-    BO: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
+    BO: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """A coarse grid: ``bases`` programs of ``_base``, then BM of all I * R rows each, then ``dot``."""
+    """A coarse grid: ``bases`` programs of ``_base``, then BM of all I * R rows each, then ``dot``.
+
+    CHUNK: 0, or of how many samples tensor cores, which cut sums off, make one sum.
+    """
     pid = tl.program_id(0)
     outputs = units * UNIT
     lo, hi, inv_h = tl.full([], lo, CT), tl.full([], hi, CT), tl.full([], inv_h, CT)
     if SCATTER_D >= 0 and pid < bases:
         _base(
             pid, x, scale, grad, base_gradient, samples, features, outputs,
-            SCATTER_D, SCALED, PRECISION, BM, BS, BN,
+            SCATTER_D, SCALED, PRECISION, CHUNK, BM, BS, BN,
         )  # fmt: skip
     elif SCATTER_D >= 0 and pid < bases + row_programs:
         row = (pid - bases) * BM + tl.arange(0, BM)
@@ -78,15 +115,18 @@ def rows_kernel(
         ok = i < features
         o = tl.arange(0, BN)
         centre = (row - i * (size + ORDER)).to(tl.float32)[:, None] + 0.5 * (1 - ORDER)
-        acc = tl.zeros((BM, BN), tl.float32)
-        for first in range(0, samples, BS):
-            b = first + tl.arange(0, BS)
-            here = b < samples
-            u = (_transposed(x, b, i, here, ok, features) - lo) * inv_h
-            a = cardinal(u - centre, inv_h, ORDER, SCATTER_D)
-            if SCALED:
-                a *= _transposed(scale, b, i, here, ok, features)
-            acc = tl.dot(a, _grads(grad, b, o, here, outputs), acc, input_precision=PRECISION)
+        if CHUNK:
+            acc = tl.zeros((BM, BN), tl.float32)
+            for first in range(0, samples, CHUNK):
+                acc += _rows_sum(
+                    first, tl.minimum(first + CHUNK, samples), x, scale, grad, i, o, ok, centre, features, outputs,
+                    lo, inv_h, ORDER, SCATTER_D, SCALED, PRECISION, BM, BS, BN,
+                )  # fmt: skip
+        else:
+            acc = _rows_sum(
+                0, samples, x, scale, grad, i, o, ok, centre, features, outputs,
+                lo, inv_h, ORDER, SCATTER_D, SCALED, PRECISION, BM, BS, BN,
+            )  # fmt: skip
         to = row.to(tl.int64)[:, None] * outputs + o[None, :]
         tl.store(gradient + to, acc.to(gradient.dtype.element_ty), mask=ok[:, None] & (o < outputs)[None, :])
     elif DOT_D >= 0:
@@ -226,7 +266,7 @@ def columns_kernel(
     elif BASE and pid < columns + bases:
         _base(
             pid - columns, x, scale, grad, base_gradient, samples, features, outputs,
-            SCATTER_D, SCALED, PRECISION, BASE_BM, BASE_BS, BN,
+            SCATTER_D, SCALED, PRECISION, 0, BASE_BM, BASE_BS, BN,
         )  # fmt: skip
     elif DOT_D >= 0:
         pid -= columns + bases
@@ -257,7 +297,7 @@ def adds_kernel(
     if BASE and pid < bases:
         _base(
             pid, x, scale, grad, base_gradient, samples, features, outputs,
-            SCATTER_D, SCALED, PRECISION, BASE_BM, BASE_BS, BN,
+            SCATTER_D, SCALED, PRECISION, 0, BASE_BM, BASE_BS, BN,
         )  # fmt: skip
     else:
         pid -= bases
