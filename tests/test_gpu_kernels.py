@@ -109,6 +109,26 @@ def test_the_route_that_was_measured_to_be_faster(dtype, outputs, size, dense):
     assert dispatch._dense_wins(torch.empty(1024, 4), weight, backward=True) is dense
 
 
+@pytest.mark.parametrize(
+    "samples, features, outputs, size, few",
+    (
+        (200, 784, 10, 500, True),
+        (2048, 784, 10, 500, True),  # backward 263 µs, by the walk 301
+        (4096, 784, 10, 5, True),  # 207, 478
+        (4096, 784, 32, 5, True),  # 279, 484
+        (8192, 784, 10, 29, True),  # 681, 988
+        (8192, 64, 10, 5, False),  # 288, 144
+        (4096, 784, 10, 30, False),  # a fine grid, whose samples have to be sorted
+        (200, 784, 33, 5, False),
+    ),
+)
+def test_few_outputs_of_many_samples_go_where_it_was_measured_to_be_faster(samples, features, outputs, size, few):
+    pytest.importorskip("triton")
+    from layers.flash import gpu
+
+    assert gpu._few(torch.empty(samples, features), torch.empty(features, size + 3, outputs)) is few
+
+
 @pytest.mark.parametrize("count", (1, 300, 2**16 * 256, 2**28))
 def test_no_axis_of_a_grid_is_longer_than_cuda_allows(count):
     from layers.flash.launch import block, ceil_div

@@ -229,7 +229,8 @@ SIZE_CASES = (
     Case(130, 90, 70, 5, second=True),  # not of these, padded
     Case(1100, 3, 63, 100),  # on a GPU, more samples than a program sorts: cells in one byte, and in two
     Case(1100, 3, 63, 300, second=True),
-    Case(2100, 520, 3, 5),  # few outputs, sums in pieces
+    Case(1100, 3, 3, 100),  # few outputs
+    Case(2100, 520, 3, 5),  # … and sums in pieces
 )
 ORDER_CASES = tuple(Case(order=k, second=k == 3, grid_range=(0, 1)) for k in range(6))
 PLACE_CASES = (
