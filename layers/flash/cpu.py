@@ -43,6 +43,7 @@ LN2 = math.log(2)
 CHUNKS = 4  # for each thread: one that is held up by other work leaves the rest to the others
 COPIES_NUMBERS = 2**26  # the chunks' copies of y together stay below this many numbers
 FEW_NUMBERS = 2**20  # and with more than this, there is only one for each thread
+PIECE = 512  # samples in one sum, or four for each row; longer sums are made of such pieces, which is more exact
 ALONE = 2**14  # samples times features times outputs that one thread does before two would have started
 # Numba finds what it compiled again as long as this file is the same. Kernels capture this number, as they are made of that
 # file too.
@@ -313,6 +314,7 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, lanes: int, single: bool, b
         values = np.empty((width, samples), real)
         act, logistic = np.empty(samples, real), np.empty(samples, real)
         local = _lines(rows * row if scatter_d >= 0 else 0, real)
+        piece = max(PIECE, 4 * rows)
         near = dot_d >= 0 and rows <= samples and outputs < row and whole_line
         near_weight = _lines(rows * row if near else 0, real)
         nothing, local_base = np.zeros(lanes, real), np.empty(row, real)
@@ -332,29 +334,36 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, lanes: int, single: bool, b
                 _basis(column, f, s, inv_h, values, order, value_d)
                 if base:
                     _silu(column, logistic, s, act, value_now, value_before, value_d)
-                local[:] = real(0)
-                for o in range(0, row, lanes):
-                    sums = load(nothing, 0, lanes)
-                    for b in range(samples):
-                        c, g = np.int64(cells[b]), load(grad, b * row + o, lanes)
-                        if base:
-                            sums = fma(act[b], g, sums)
-                        if c >= 0 and c < size:
-                            window = c * row + o
-                            for r in range(width):
-                                at = window + r * row
-                                store(fma(values[r, b], g, load(local, at, lanes)), local, at)
-                    if overhang > 0:
-                        for b in range(samples):
+                for start in range(0, max(samples, 1), piece):  # without samples, zeros
+                    stop = min(start + piece, samples)
+                    local[:] = real(0)
+                    for o in range(0, row, lanes):
+                        sums = load(nothing, 0, lanes)
+                        for b in range(start, stop):
                             c, g = np.int64(cells[b]), load(grad, b * row + o, lanes)
-                            if c < 0 or c >= size:
-                                for r in range(max(-c, 0), min(rows - c, width)):
-                                    at = (c + r) * row + o
+                            if base:
+                                sums = fma(act[b], g, sums)
+                            if c >= 0 and c < size:
+                                window = c * row + o
+                                for r in range(width):
+                                    at = window + r * row
                                     store(fma(values[r, b], g, load(local, at, lanes)), local, at)
-                    store(sums, local_base, o)
-                gradient[i] = local.reshape(rows, row)[:, :outputs]
-                if base:
-                    base_gradient[i] = local_base[:outputs]
+                        if overhang > 0:
+                            for b in range(start, stop):
+                                c, g = np.int64(cells[b]), load(grad, b * row + o, lanes)
+                                if c < 0 or c >= size:
+                                    for r in range(max(-c, 0), min(rows - c, width)):
+                                        at = (c + r) * row + o
+                                        store(fma(values[r, b], g, load(local, at, lanes)), local, at)
+                        store(sums, local_base, o)
+                    if start == 0:
+                        gradient[i] = local.reshape(rows, row)[:, :outputs]
+                        if base:
+                            base_gradient[i] = local_base[:outputs]
+                    else:
+                        gradient[i] += local.reshape(rows, row)[:, :outputs]
+                        if base:
+                            base_gradient[i] += local_base[:outputs]
             if dot_d >= 0:
                 _basis(column, f, none, inv_h, values, order, slope_d)
                 if base:
