@@ -30,6 +30,7 @@ from layers.flash.reference import compute_dtype
 NARROW_GRAD = 700  # rows from which a gradient in bfloat16 is worth the conversion, as the walk waits for memory
 FETCHED = 0 if INTERPRETED or torch.version.hip else 3  # rows ahead that are brought to the cache, in PTX
 STEPS = 32  # samples and cells that are worth a program of their own in the walk
+LONGEST = 4096  # samples, the most that one takes: longer sums are less exact than sums of their pieces
 
 
 class Walk(NamedTuple):
@@ -51,18 +52,21 @@ def walk_shape(samples: int, features: int, rows: int, outputs: int, order: int,
     together = processors * min(8 * (512 // block), 24)
     steps = samples + rows + order + 2  # cells that samples outside are sorted into lie on both sides of the rows
     wanted = together // (features * ceil_div(outputs, block))
-    stretches = max(1, min(wanted, steps // STEPS, math.isqrt(steps)))  # carries are added one after the other
+    wanted = min(wanted, steps // STEPS, math.isqrt(steps))  # carries are added one after the other
+    stretches = max(wanted, ceil_div(samples, LONGEST))
     registers = 128 if block == 256 and order <= 3 and not wide else None
     return Walk(block, stretches, ceil_div(steps, stretches), registers, block == 512)
 
 
 class Launches(NamedTuple):
     """Of a backward pass: one that sorts, or two before and after PyTorch does; the walk; one that adds the carries of its
-    stretches."""
+    stretches. And shape and dtype of these carries, if there are any: for weights of two bytes they are wider, and behind
+    them lie as many first rows."""
 
     sort: tuple[Launch, ...]
     walk: Launch
     carry: Launch
+    carries: tuple[tuple[int, ...], torch.dtype] | None
 
 
 @remembered
@@ -81,7 +85,7 @@ def _backward(
     (samples, features, rows), (_, _, x_dtype, weight_dtype, base, scale) = shape, kinds
     wide, size, step = torch.float64 in (x_dtype, weight_dtype), rows - order, unit(outputs)
     walk = walk_shape(samples, features, rows, outputs, order, wide, processors)
-    cut = walk.each, walk.stretches
+    cut, cut_up = (walk.each, walk.stretches), walk.stretches > 1 and scatter_d >= 0
     bits, key_dtype = gpu_sort.key_format(samples, size, order)
     has_base, scaled, inv_h = base is not None, scale is not None, size / (hi - lo)
     sums = {"CT": tl.float64 if wide else tl.float32}
@@ -92,7 +96,7 @@ def _backward(
     constants = {"ORDER": order, "DOT_D": dot_d, "SCATTER_D": scatter_d} | sums | {"SCALED": scaled, "BASE": has_base}
     constants |= {"BITS": bits, "UNIT": step, "BO": walk.block, "WHOLE": outputs % walk.block == 0}
     neighbours = divisor(outputs, 16 // weight_dtype.itemsize)
-    apart = {"APART": walk.stretches > 1 and weight_dtype.itemsize == 2}
+    apart = {"APART": cut_up and weight_dtype.itemsize == 2}
     constants |= apart | {"FAR": walk.far, "FETCH": FETCHED, "FOLD": neighbours if walk.block >= 256 else 0}
     numbers = (samples, features, outputs // step, size, *cut, inv_h)
     grid = (features, walk.stretches, ceil_div(outputs, walk.block))
@@ -100,7 +104,9 @@ def _backward(
     constants = {"ORDER": order} | sums | {"UNIT": step} | apart | {"BO": min(walk.block, 256)}
     grid = (features, walk.stretches - 1, ceil_div(outputs, constants["BO"]) * (order + 1))
     carry = Launch(triton_walk.carry_kernel, grid, (features, outputs // step, size, *cut), constants, 2)
-    return Launches(sort, go, carry), walk, key_dtype
+    many, dtype = (2, torch.float64 if wide else torch.float32) if apart["APART"] else (1, weight_dtype)
+    carries = ((many * (walk.stretches - 1), features, order + 1, outputs), dtype) if cut_up else None
+    return Launches(sort, go, carry, carries), walk, key_dtype
 
 
 def adjoint(
@@ -148,9 +154,8 @@ def adjoint(
         dots = torch.empty(blocks, samples, features, dtype=x.dtype if blocks == 1 else sums, device=device)
     if scatter_d >= 0:
         v = torch.empty_like(weight)
-        if walk.stretches > 1:
-            each, dtype = (2, sums) if weight.dtype.itemsize == 2 else (1, weight.dtype)
-            carries = v.new_empty(each * (walk.stretches - 1), features, order + 1, outputs, dtype=dtype)
+    if launches.carries is not None:
+        carries = v.new_empty(launches.carries[0], dtype=launches.carries[1])
     results = (places if t is None else t for t in (dots, v, v if carries is None else carries))
     base = weight if base is None else base
     launches.walk(grad, scaling, weight, base, keys, places, slopes, cuts, *results)
