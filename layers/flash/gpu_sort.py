@@ -31,9 +31,9 @@ def _warps(samples: int) -> int:
     return min(max(samples // 64, 1), 16)
 
 
-def _cells(shape: tuple, order: int, grid: tuple, values: dict) -> Launch:
+def _cells(shape: tuple, order: int, grid: tuple, values: dict, turn: bool) -> Launch:
     samples, features, _ = shape
-    constants = {"ORDER": order} | values | {"BB": 32, "BI": block(features, 32)}
+    constants = {"ORDER": order} | values | {"TURN": turn, "BB": 32, "BI": block(features, 32)}
     programs = ceil_div(samples, constants["BB"]), ceil_div(features, constants["BI"])
     return Launch(triton_sort.cells_kernel, programs, (*shape, *grid), constants, 4)
 
@@ -42,7 +42,7 @@ def for_keys(shape: tuple, order: int, bits: int, grid: tuple, wide) -> Launch:
     """The launch behind ``keys``. ``shape``: (B, I, G); ``grid``: lo, hi, G / (hi - lo); ``wide``: the dtype of sums."""
     samples, features, _ = shape
     if samples > AT_ONCE:
-        return _cells(shape, order, grid, {"SCATTER_D": 0, "CT": wide, "SCALED": False, "ACTS": False})
+        return _cells(shape, order, grid, {"SCATTER_D": 0, "CT": wide, "SCALED": False, "ACTS": False}, False)
     constants = {"ORDER": order, "CT": wide, "NB": power_of_2(samples), "BITS": bits}
     return Launch(triton_sort.sort_kernel, (features,), (*shape, *grid), constants, _warps(constants["NB"]))
 
@@ -60,7 +60,7 @@ def for_walk(
         constants = {"ORDER": order} | places | {"BITS": bits, "BN": block(samples, 256)}
         programs = features, ceil_div(samples, constants["BN"])
         place = Launch(triton_sort.place_kernel, programs, (samples, *cut, lo, inv_h), constants, 4)
-        return _cells(shape, order, grid, values | {"ACTS": acts}), place
+        return _cells(shape, order, grid, values | {"ACTS": acts}, True), place
     constants = {"ORDER": order, "DOT_D": places["DOT_D"]} | values | {"SLOPES": places["SLOPES"], "ACTS": acts}
     constants |= {"NB": power_of_2(samples), "BITS": bits}
     warps = _warps(constants["NB"])
@@ -69,17 +69,18 @@ def for_walk(
 
 def sorted_cells(launch: Launch, x: Tensor, scale: Tensor, acts: Tensor, size: int, order: int) -> tuple:
     """``x`` turned around (I, B), its cells in order, and the samples in that order; fills ``acts``."""
-    cells = torch.empty(x.shape[1], x.shape[0], dtype=_cell_dtype(size, order), device=x.device)
-    turned = torch.empty_like(cells, dtype=x.dtype)
+    turned = torch.empty(x.shape[1], x.shape[0], dtype=x.dtype, device=x.device)
+    cells = torch.empty_like(turned, dtype=_cell_dtype(size, order))
     launch(x, scale, cells, turned, acts)
     return turned, *cells.sort(dim=1, stable=True)
 
 
-def keys(launch: Launch, x: Tensor, size: int, order: int) -> Tensor:
-    """Sorted keys (I, B), see ``triton_sort.sorted_keys``."""
-    bits, dtype = key_format(x.shape[0], size, order)
+def keys(launch: Launch, x: Tensor, size: int, order: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """Sorted keys (I, B), see ``triton_sort.sorted_keys``; for the last two, ``key_format``."""
     if x.shape[0] > AT_ONCE:
-        _, cells, ranked = sorted_cells(launch, x, x, x, size, order)
+        cells = torch.empty(x.shape[1], x.shape[0], dtype=_cell_dtype(size, order), device=x.device)
+        launch(x, x, cells, x, x)
+        cells, ranked = cells.sort(dim=1, stable=True)
         return cells.to(dtype).bitwise_left_shift_(bits).bitwise_or_(ranked.to(dtype))
     out = torch.empty(x.shape[1], x.shape[0], dtype=dtype, device=x.device)
     launch(x, out)

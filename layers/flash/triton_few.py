@@ -1,4 +1,4 @@
-"""The GPU kernels for few outputs, backward, in Triton: one program takes all outputs.
+"""The GPU kernels for few outputs, backward, in Triton: one program takes all outputs. (And ``triton_sums.py``.)
 
 The gradient of the weights comes from small matrix products, basis values (rows, samples) times gradients (samples,
 outputs): with all samples on a coarse grid (``rows_kernel``), and on a fine one with those that reach a tile of rows, found
@@ -33,19 +33,47 @@ def _grads(grad, b, o, here, outputs):
 
 
 @triton.jit
-def _base_sum(
-    start, stop, x, scale, grad, i, o, ok, features, outputs,
-    D: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+def _piece(
+    start, stop, x, scale, grad, i, o, ok, centre, features, outputs, lo, inv_h,
+    ORDER: tl.constexpr, D: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    """The sum over some samples of values (BM, BS) times gradients (BS, BN): of basis functions with their centres, in
+    spacings, or with ORDER = -1 of SiLU."""
     acc = tl.zeros((BM, BN), tl.float32)
     for first in range(start, stop, BS):
         b = first + tl.arange(0, BS)
         here = b < stop
-        act = silu(_transposed(x, b, i, here, ok, features), D)
+        a = _transposed(x, b, i, here, ok, features)
+        if ORDER < 0:
+            a = silu(a, D)
+        else:
+            a = cardinal((a - lo) * inv_h - centre, inv_h, ORDER, D)
         if SCALED:
-            act *= _transposed(scale, b, i, here, ok, features)
-        acc = tl.dot(act, _grads(grad, b, o, here, outputs), acc, input_precision=PRECISION)
+            a *= _transposed(scale, b, i, here, ok, features)
+        acc = tl.dot(a, _grads(grad, b, o, here, outputs), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _product(
+    x, scale, grad, i, o, ok, centre, samples, features, outputs, lo, inv_h,
+    ORDER: tl.constexpr, D: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """See ``_piece``: over all samples. CHUNK: 0, or of how many tensor cores, which cut sums off, make one sum."""
+    if CHUNK:
+        acc = tl.zeros((BM, BN), tl.float32)
+        for first in range(0, samples, CHUNK):
+            acc += _piece(
+                first, tl.minimum(first + CHUNK, samples), x, scale, grad, i, o, ok, centre, features, outputs,
+                lo, inv_h, ORDER, D, SCALED, PRECISION, BM, BS, BN,
+            )  # fmt: skip
+    else:
+        acc = _piece(
+            0, samples, x, scale, grad, i, o, ok, centre, features, outputs,
+            lo, inv_h, ORDER, D, SCALED, PRECISION, BM, BS, BN,
+        )  # fmt: skip
     return acc
 
 
@@ -59,33 +87,11 @@ def _base(
     i = pid * BM + tl.arange(0, BM)
     o = tl.arange(0, BN)
     ok = i < features
-    if CHUNK:
-        acc = tl.zeros((BM, BN), tl.float32)
-        for first in range(0, samples, CHUNK):
-            stop = tl.minimum(first + CHUNK, samples)
-            acc += _base_sum(first, stop, x, scale, grad, i, o, ok, features, outputs, D, SCALED, PRECISION, BM, BS, BN)
-    else:
-        acc = _base_sum(0, samples, x, scale, grad, i, o, ok, features, outputs, D, SCALED, PRECISION, BM, BS, BN)
+    acc = _product(
+        x, scale, grad, i, o, ok, 0.0, samples, features, outputs, 0.0, 0.0, -1, D, SCALED, PRECISION, CHUNK, BM, BS, BN
+    )
     to = i.to(tl.int64)[:, None] * outputs + o[None, :]
     tl.store(base_gradient + to, acc.to(base_gradient.dtype.element_ty), mask=ok[:, None] & (o < outputs)[None, :])
-
-
-@triton.jit
-def _rows_sum(
-    start, stop, x, scale, grad, i, o, ok, centre, features, outputs, lo, inv_h,
-    ORDER: tl.constexpr, D: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    acc = tl.zeros((BM, BN), tl.float32)
-    for first in range(start, stop, BS):
-        b = first + tl.arange(0, BS)
-        here = b < stop
-        u = (_transposed(x, b, i, here, ok, features) - lo) * inv_h
-        a = cardinal(u - centre, inv_h, ORDER, D)
-        if SCALED:
-            a *= _transposed(scale, b, i, here, ok, features)
-        acc = tl.dot(a, _grads(grad, b, o, here, outputs), acc, input_precision=PRECISION)
-    return acc
 
 
 @triton.jit(do_not_specialize=["samples", "features", "size", "bases", "row_programs"])
@@ -97,10 +103,7 @@ def rows_kernel(
     BASE: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr,
     BO: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """A coarse grid: ``bases`` programs of ``_base``, then BM of all I * R rows each, then ``dot``.
-
-    CHUNK: 0, or of how many samples tensor cores, which cut sums off, make one sum.
-    """
+    """A coarse grid: ``bases`` programs of ``_base``, then BM of all I * R rows each, then ``dot``."""
     pid = tl.program_id(0)
     outputs = units * UNIT
     lo, hi, inv_h = tl.full([], lo, CT), tl.full([], hi, CT), tl.full([], inv_h, CT)
@@ -115,18 +118,10 @@ def rows_kernel(
         ok = i < features
         o = tl.arange(0, BN)
         centre = (row - i * (size + ORDER)).to(tl.float32)[:, None] + 0.5 * (1 - ORDER)
-        if CHUNK:
-            acc = tl.zeros((BM, BN), tl.float32)
-            for first in range(0, samples, CHUNK):
-                acc += _rows_sum(
-                    first, tl.minimum(first + CHUNK, samples), x, scale, grad, i, o, ok, centre, features, outputs,
-                    lo, inv_h, ORDER, SCATTER_D, SCALED, PRECISION, BM, BS, BN,
-                )  # fmt: skip
-        else:
-            acc = _rows_sum(
-                0, samples, x, scale, grad, i, o, ok, centre, features, outputs,
-                lo, inv_h, ORDER, SCATTER_D, SCALED, PRECISION, BM, BS, BN,
-            )  # fmt: skip
+        acc = _product(
+            x, scale, grad, i, o, ok, centre, samples, features, outputs, lo, inv_h,
+            ORDER, SCATTER_D, SCALED, PRECISION, CHUNK, BM, BS, BN,
+        )  # fmt: skip
         to = row.to(tl.int64)[:, None] * outputs + o[None, :]
         tl.store(gradient + to, acc.to(gradient.dtype.element_ty), mask=ok[:, None] & (o < outputs)[None, :])
     elif DOT_D >= 0:

@@ -99,10 +99,10 @@ def cells_kernel(
     samples, features, size,
     lo: "fp64", hi: "fp64", inv_h: "fp64",
     ORDER: tl.constexpr, SCATTER_D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr, ACTS: tl.constexpr,
-    BB: tl.constexpr, BI: tl.constexpr,
+    TURN: tl.constexpr, BB: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """What can be sorted elsewhere, of more samples than a program sorts: cells (I, B), as keys count them; ``turned``,
-    x as (I, B); with ACTS acts (I, B) as in ``arrange_kernel``."""
+    """What can be sorted elsewhere, of more samples than a program sorts: cells (I, B), as keys count them; with TURN
+    ``turned``, x as (I, B); with ACTS acts (I, B) as in ``arrange_kernel``."""
     b = (tl.program_id(0) * BB + tl.arange(0, BB)).to(tl.int64)
     i = tl.program_id(1) * BI + tl.arange(0, BI)
     lo, hi, inv_h = tl.full([], lo, CT), tl.full([], hi, CT), tl.full([], inv_h, CT)
@@ -110,7 +110,8 @@ def cells_kernel(
     at, to = b[None, :] * features + i[:, None], i.to(tl.int64)[:, None] * samples + b[None, :]
     xv = tl.load(x + at, mask=here, other=0.0)
     cell, _ = locate(xv.to(CT), lo, hi, inv_h, size, ORDER)
-    tl.store(turned + to, xv, mask=here)
+    if TURN:
+        tl.store(turned + to, xv, mask=here)
     tl.store(cells + to, (cell + ORDER + 1).to(cells.dtype.element_ty), mask=here)
     if ACTS:
         act = _act(x, scale, at, here, SCATTER_D, CT, SCALED)
