@@ -19,9 +19,11 @@ from layers.flash.launch import Launch
 
 CALLS = [  # B, I, O, G, the dtype of the weights, and what they meet
     (200, 64, 10, 5, torch.float32),  # few outputs, a coarse grid
-    (200, 64, 10, 50, torch.bfloat16),  # a fine one, sorted along
-    (300, 64, 10, 50, torch.float32),  # sorted before
-    (100, 64, 10, 500, torch.float32),  # atomics
+    (200, 64, 10, 50, torch.float32),  # a fine one, sums in shared memory
+    (100, 64, 7, 50, torch.bfloat16),
+    (200, 64, 13, 50, torch.bfloat16),  # too wide for these: sorted along
+    (300, 64, 13, 50, torch.float32),  # sorted before
+    (100, 64, 13, 500, torch.float32),  # atomics
     (2100, 512, 10, 5, torch.float32),  # sums in pieces
     (256, 64, 64, 20, torch.float32),  # the walk
     (512, 64, 512, 300, torch.bfloat16),

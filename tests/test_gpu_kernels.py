@@ -1,5 +1,6 @@
 """The Triton kernels are right, GPU or not: Triton's interpreter runs them on the CPU."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -32,13 +33,13 @@ def said_by(*commands: tuple[str, ...], **variables: str) -> tuple[str, ...]:
 
 def test_the_kernels_agree_with_float64():
     said = said_by(*[("tests.interpreted", str(half), "2") for half in range(2)], TRITON_INTERPRET="1")
-    assert sum(int(text.split(" cases agree")[0]) for text in said) == 163
+    assert sum(int(text.split(" cases agree")[0]) for text in said) == 193
 
 
 def test_the_kernels_compile(tmp_path):
     """With the Triton that is installed, for the GPU where all was measured and for the oldest one."""
     old, new = said_by(("tests.compiled", "75"), ("tests.compiled", "90"), TRITON_CACHE_DIR=str(tmp_path))
-    assert old.endswith("of 18 kernels compiled\n") and new.endswith("of 21 kernels compiled\n"), old + new
+    assert old.endswith("of 19 kernels compiled\n") and new.endswith("of 22 kernels compiled\n"), old + new
 
 
 @pytest.fixture(params=range(3))
@@ -118,7 +119,9 @@ def test_the_route_that_was_measured_to_be_faster(dtype, outputs, size, dense):
         (4096, 784, 32, 5, True),  # 279, 484
         (8192, 784, 10, 29, True),  # 681, 988
         (8192, 64, 10, 5, False),  # 288, 144
-        (4096, 784, 10, 30, False),  # a fine grid, whose samples have to be sorted
+        (4096, 784, 10, 100, True),  # 312, 481
+        (8192, 784, 10, 100, False),  # sums in shared memory would be too long
+        (4096, 784, 13, 100, False),  # and here windows too wide for them
         (200, 784, 33, 5, False),
     ),
 )
@@ -126,7 +129,28 @@ def test_few_outputs_of_many_samples_go_where_it_was_measured_to_be_faster(sampl
     pytest.importorskip("triton")
     from layers.flash import gpu
 
-    assert gpu._few(torch.empty(samples, features), torch.empty(features, size + 3, outputs)) is few
+    assert gpu._few(torch.empty(samples, features), torch.empty(features, size + 3, outputs), 3) is few
+
+
+def test_sums_fit_into_shared_memory():
+    """48 KiB a program, of which Triton takes some for itself; places and samples share 32 bits, and five counts 64."""
+    pytest.importorskip("triton")
+    from layers.flash import gpu_sums
+
+    shapes = itertools.product((1, 128, 200, 4096), (33, 103, 503, 1003, 5003), range(1, 17), range(1, 6))
+    found = [gpu_sums.shape(*numbers) for numbers in shapes]
+    assert gpu_sums.shape(200, 103, 10, 3).groups == 1 and gpu_sums.shape(200, 1003, 10, 3).groups == 2
+    assert gpu_sums.shape(200, 103, 13, 3) is None and gpu_sums.shape(5000, 103, 10, 3) is None
+    for shape in filter(None, found):
+        assert shape.bytes <= 44 * 1024 and shape.listed < 2**11 and shape.warps * 12 + 12 < 64, shape
+
+
+def test_a_walk_takes_no_more_samples_than_a_sum_stays_exact_for():
+    pytest.importorskip("triton")
+    from layers.flash import gpu_walk
+
+    for samples, features, outputs, stretches in ((4096, 1024, 1024, 1), (8192, 256, 256, 8), (60_000, 784, 64, 15)):
+        assert gpu_walk.walk_shape(samples, features, 103, outputs, 3, False, 132).stretches == stretches
 
 
 @pytest.mark.parametrize("count", (1, 300, 2**16 * 256, 2**28))

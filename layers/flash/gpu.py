@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from layers.flash import gpu_few, gpu_many, gpu_walk
+from layers.flash import gpu_few, gpu_many, gpu_sums, gpu_walk
 from layers.flash.launch import on_device_of
 from layers.flash.reference import compute_dtype
 
@@ -14,7 +14,8 @@ MAX_DERIVATIVE = 2
 FEW_OUTPUTS = 32  # up to which one program takes all outputs of a sample
 # Few outputs, and yet the backward pass is a walk: from so many outputs, samples, and samples times rows on.
 WALK_OUTPUTS, WALK_SAMPLES, WALK_WORK = 17, 512, 100_000
-# With more samples than gpu_few.LONG, too, but for coarse grids of so many rows in all, which keep the GPU busy.
+# With more samples than gpu_few.LONG, too, but for sums in shared memory and for coarse grids of so many rows in all,
+# which keep the GPU busy.
 FEW_WORK = 4096
 
 
@@ -39,13 +40,15 @@ def apply(
         return run(*_contiguous(x, weight, base, scale), order, lo, hi, d)
 
 
-def _few(x: Tensor, weight: Tensor) -> bool:
-    """Whether the backward pass is made of small products on tensor cores, which suit float32, and not a walk."""
+def _few(x: Tensor, weight: Tensor, order: int) -> bool:
+    """Whether the backward pass is made of sums or products for few outputs, in float32, and not a walk."""
     samples, (features, rows, outputs) = x.shape[0], weight.shape
     if outputs > FEW_OUTPUTS or compute_dtype(x, weight) != torch.float32:
         return False
     if samples > gpu_few.LONG:
-        return rows <= gpu_few.FEW_ROWS and features * rows >= FEW_WORK and x.numel() < 2**31
+        if rows > gpu_few.FEW_ROWS:
+            return gpu_sums.shape(samples, rows, outputs, order) is not None
+        return features * rows >= FEW_WORK and x.numel() < 2**31
     return outputs < WALK_OUTPUTS or samples < WALK_SAMPLES or samples * rows < WALK_WORK
 
 
@@ -69,7 +72,7 @@ def adjoint(
             torch.zeros_like(base) if scatter_d >= 0 and base is not None else None,
         )
     else:
-        few = _few(x, weight) and order - scatter_d >= 1  # products do not look for cells: nothing may jump
+        few = _few(x, weight, order) and order - scatter_d >= 1  # products do not look for cells: nothing may jump
         run = gpu_few.adjoint if few else gpu_walk.adjoint
         with on_device_of(x):
             results = run(*_contiguous(grad, x, weight, base, scale), order, lo, hi, dot_d, scatter_d)

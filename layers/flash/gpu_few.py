@@ -1,4 +1,4 @@
-"""Launches the kernels of ``triton_windows.py`` and ``triton_few.py``: few outputs.
+"""Launches the kernels of ``triton_windows.py`` and ``triton_few.py``: few outputs; those of ``gpu_sums.py`` where they can.
 
 The shapes are fixed by short measured rules, so that no reader waits for an autotuner; ``layers/flash/NOTES.md`` holds
 the measurements.
@@ -6,11 +6,13 @@ the measurements.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from layers.flash import gpu_sort, triton_few, triton_windows
+from layers.flash import gpu_sort, gpu_sums, triton_few, triton_windows
 from layers.flash.launch import Launch, ceil_div, divisor, dtypes, multiprocessors, power_of_2, remembered, tf32_allowed
 from layers.flash.reference import compute_dtype
 
@@ -58,20 +60,31 @@ def column_shape(samples: int, features: int, rows: int, processors: int) -> tup
     return frame, chunk, warps, min(ceil_div(rows, frame), ceil_div(wanted, features))
 
 
-def adds(samples: int, rows: int, outputs: int, weight_dtype: torch.dtype) -> bool:
-    """Whether the gradient of the weights is made by atomics.
+def adds(samples: int, rows: int, outputs: int, order: int, weight_dtype: torch.dtype) -> bool:
+    """Whether the gradient of the weights is made by atomics: where rows are many, samples few among them, and outputs few.
 
-    Where rows are many, samples few among them, and outputs few, this was measured to take up to 40 % less time, and 4 %
-    more at worst, however samples lie; with more samples it takes less only where they do not gather in one cell.
+    Instead of products this was measured to take up to 40 % less time, and 4 % more at worst, however samples lie; with
+    more samples it takes less only where they do not gather in one cell. Sums in shared memory are faster than both.
     """
-    faster = rows > ADD_ROWS and rows >= 2 * samples and outputs <= ADD_OUTPUTS
-    return faster and weight_dtype == torch.float32 and not torch.are_deterministic_algorithms_enabled()
+    if rows <= ADD_ROWS or rows < 2 * samples or outputs > ADD_OUTPUTS or gpu_sums.shape(samples, rows, outputs, order):
+        return False
+    return weight_dtype == torch.float32 and not torch.are_deterministic_algorithms_enabled()
 
 
 def precision(weight: Tensor) -> str:
     """How tensor cores multiply float32: as three TF32 products, which keep 22 bits, unless fewer are wanted."""
     narrow = weight.dtype in (torch.bfloat16, torch.float16) or tf32_allowed()
     return "tf32" if narrow else "tf32x3"
+
+
+class Plan(NamedTuple):
+    """Of a backward pass: the launch; the one behind the keys that it reads, if PyTorch or a kernel sorts before; shape and
+    dtype of what else it works with, if anything; how many bits of a key hold the sample, and the dtype of keys."""
+
+    launch: Launch
+    sort: Launch | None = None
+    room: tuple[tuple[int, ...], torch.dtype] | None = None
+    keys: tuple[int, torch.dtype] | None = None
 
 
 @remembered
@@ -87,8 +100,7 @@ def _backward(
     precision: str,
     adding: bool,
     processors: int,
-) -> tuple[Launch, Launch | None, tuple, torch.dtype]:
-    """The launch; the one behind the keys that it reads, if any; shape and dtype of those that it makes itself."""
+) -> Plan:
     samples, features, rows = shape
     _, _, _, _, base, scale = kinds
     size, step = rows - order, divisor(outputs, 4)
@@ -107,18 +119,23 @@ def _backward(
         numbers = (*numbers, bases, programs, *grid)
         constants |= {"CHUNK": CHUNK if samples > LONG else 0} | ROWS_TILE
         launch = Launch(triton_few.rows_kernel, (bases + programs + gathers,), numbers, constants, 4)
-        return launch, None, (0,), torch.int32
+        return Plan(launch)
     if adding:
         programs = bases + samples * ceil_div(features, constants["BI"])
         launch = Launch(triton_few.adds_kernel, (programs,), (*numbers, bases, *grid), constants | BASE_TILE, 4)
-        return launch, None, (0,), torch.int32
+        return Plan(launch)
+    sums = gpu_sums.shape(samples, rows, outputs, order)
+    if sums is not None:
+        values = dot_d, scatter_d, scale is not None, base is not None
+        launch, room = gpu_sums.backward(sums, (samples, features, size), outputs, order, grid, *values)
+        return Plan(launch, room=(room, torch.float32))
     columns = features * groups
     bits, key_dtype = gpu_sort.key_format(samples, size, order)
     sort = None if along else gpu_sort.for_keys((samples, features, size), order, bits, grid, tl.float32)
     numbers = (*numbers, ceil_div(rows, frame), groups, columns, bases, *grid)
     constants |= {"SORT": along, "NB": power_of_2(samples), "BITS": bits, "BM": frame, "BS": chunk} | BASE_TILE
     launch = Launch(triton_few.columns_kernel, (columns + bases + gathers,), numbers, constants, warps)
-    return launch, sort, (columns, samples) if along else (0,), key_dtype
+    return Plan(launch, sort, ((columns, samples), key_dtype) if along else None, (bits, key_dtype))
 
 
 def adjoint(
@@ -135,15 +152,15 @@ def adjoint(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``dot`` and ``scatter``; see ``layers/flash/reference.py``. An order of -1 leaves a result out (``None``).
 
-    Contiguous tensors, at least one sample, and on a fine grid at most LONG; ``order - scatter_d >= 1``; not in float64.
+    Contiguous tensors, at least one sample, and on a fine grid at most LONG, or as many as ``gpu_sums.shape`` takes;
+    ``order - scatter_d >= 1``; not in float64.
     """
     rows, outputs = weight.shape[1:]
     kinds, shape = dtypes(grad, x, weight, base, scale), (*x.shape, rows)
-    processors, adding = multiprocessors(x.device), scatter_d >= 0 and adds(x.shape[0], rows, outputs, weight.dtype)
-    launch, sort, key_shape, key_dtype = _backward(
-        kinds, shape, outputs, order, float(lo), float(hi), dot_d, scatter_d, precision(weight), adding, processors
-    )
-    dots = v = b = windows = keys = None
+    adding = scatter_d >= 0 and adds(x.shape[0], rows, outputs, order, weight.dtype)
+    processors, products = multiprocessors(x.device), precision(weight)
+    plan = _backward(kinds, shape, outputs, order, float(lo), float(hi), dot_d, scatter_d, products, adding, processors)
+    dots = v = b = windows = None
     if dot_d >= 0:
         dots = torch.empty_like(x)
     if dot_d >= 0 or adding:
@@ -151,12 +168,12 @@ def adjoint(
     if scatter_d >= 0:
         v = torch.zeros_like(weight) if adding else torch.empty_like(weight)
         b = None if base is None else torch.empty_like(base)
-    if sort is not None:
-        keys = gpu_sort.keys(sort, x, rows - order, order)
-    elif len(key_shape) == 2:
-        keys = torch.empty(key_shape, dtype=key_dtype, device=x.device)
-    scratch = [t if t is not None else x for t in (keys, windows, dots, v, b)]
-    if keys is None:
-        del scratch[0]
-    launch(x, x if scale is None else scale, grad, weight, weight if base is None else base, *scratch)
+    first = []
+    if plan.sort is not None:
+        first = [gpu_sort.keys(plan.sort, x, rows - order, order, *plan.keys)]
+    elif plan.room is not None:
+        size, dtype = plan.room
+        first = [torch.empty(size, dtype=dtype, device=x.device) if size else None]
+    scratch = [x if t is None else t for t in (*first, windows, dots, v, b)]
+    plan.launch(x, x if scale is None else scale, grad, weight, weight if base is None else base, *scratch)
     return dots, v, b

@@ -1,0 +1,83 @@
+"""Shared memory at addresses of a program's own choice, which Triton does not offer: a few PTX instructions.
+
+All take and give one number a thread: tensors of as many numbers as a program has threads, or of a multiple. Addresses are
+in bytes. INTERPRETED: Triton's interpreter knows neither PTX nor shared memory; its programs run one after the other, and
+numbers then lie where ``spare`` points.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def memory(spare, BYTES: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The address of so many bytes, with what Triton takes at most 48 KiB; to be asked for once in a kernel."""
+    if INTERPRETED:
+        return spare
+    else:
+        asm: tl.constexpr = f"{{ .shared .align 16 .b8 words[{BYTES}]; mov.u32 $0, words; }}"
+        return tl.inline_asm_elementwise(asm, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def threads(WARPS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The number of each thread."""
+    n = tl.arange(0, 32 * WARPS)
+    if INTERPRETED:
+        return n
+    else:
+        return tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r,r", [n], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def get(memory, at, here, INTERPRETED: tl.constexpr):
+    """Any number where a thread is not ``here``; None: all are."""
+    if INTERPRETED:
+        return tl.load(memory + at // 4, mask=here)
+    elif here is None:
+        return tl.inline_asm_elementwise(
+            "ld.shared.f32 $0, [$1];", "=f,r", [memory + at], dtype=tl.float32, is_pure=False, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p ld.shared.f32 $0, [$1]; }", "=f,r,r",
+            [memory + at, here.to(tl.int32)], dtype=tl.float32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def get_pair(memory, at, here, INTERPRETED: tl.constexpr):
+    """Two numbers side by side, the first at a multiple of 8 bytes; any where a thread is not ``here``."""
+    if INTERPRETED:
+        return tl.load(memory + at // 4, mask=here), tl.load(memory + at // 4 + 1, mask=here)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p ld.shared.v2.f32 {$0, $1}, [$2]; }", "=f,=f,r,r",
+            [memory + at, here.to(tl.int32)], dtype=(tl.float32, tl.float32), is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def put(memory, at, v, here, INTERPRETED: tl.constexpr):
+    """What the threads of a warp store, all of them see in what they do next."""
+    if INTERPRETED:
+        tl.store(memory + at // 4, v, mask=here)
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.f32 [$1], $2; bar.warp.sync 0xffffffff; mov.u32 $0, 0; }",
+            "=r,r,f,r", [memory + at, v, here.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def put_pair(memory, at, v, w, here, INTERPRETED: tl.constexpr):
+    """See ``get_pair`` and ``put``."""
+    if INTERPRETED:
+        tl.store(memory + at // 4, v, mask=here)
+        tl.store(memory + at // 4 + 1, w, mask=here)
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $4, 0; @p st.shared.v2.f32 [$1], {$2, $3}; bar.warp.sync 0xffffffff;"
+            " mov.u32 $0, 0; }",
+            "=r,r,f,f,r", [memory + at, v, w, here.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
