@@ -8,11 +8,13 @@ import argparse
 import ast
 import builtins
 import hashlib
+import io
 import json
 import math
 import re
 import statistics
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,11 +76,26 @@ def code_hash(notebook: Notebook) -> str:
     return hashlib.sha256(re.sub(r"https://github\.com/[\w.-]+/[\w.-]+", "ADDRESS", sources).encode()).hexdigest()
 
 
+def what_runs(source: str) -> str:
+    """Return Python source without comments, docstrings and empty lines, which change no output."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            lines[docstring.lineno - 1 : docstring.end_lineno] = [""] * (docstring.end_lineno - docstring.lineno + 1)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
 def kernels_hash(root: Path = ROOT) -> str:
-    """SHA-256 over the names and contents of layers/**/*.py."""
+    """SHA-256 over the names of layers/**/*.py and what runs of them."""
     total = hashlib.sha256()
     for file in sorted((root / "layers").rglob("*.py")):
-        total.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+        parts = file.relative_to(root).as_posix(), what_runs(file.read_text(encoding="utf-8"))
+        total.update("".join(f"{part}\0" for part in parts).encode())
     return total.hexdigest()
 
 

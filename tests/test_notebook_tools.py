@@ -93,6 +93,17 @@ def test_rules_catch(said):
     assert said in breaches(notebook)
 
 
+def test_what_runs_is_all_but_comments_and_docstrings(tmp_path):
+    source = '"""Text."""\n\nX = "a # b"  # why\n\n\ndef f():\n    """More\n    text."""\n    return """kept"""\n'
+    assert rules.what_runs(source) == 'X = "a # b"\ndef f():\n    return """kept"""'
+    (tmp_path / "layers").mkdir()
+    hashes = []
+    for changed in (source, source.replace("Text", "Word").replace("why", "how"), source.replace("a # b", "a # c")):
+        (tmp_path / "layers" / "f.py").write_text(changed)
+        hashes.append(rules.kernels_hash(tmp_path))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 @pytest.mark.parametrize(
     "source", ["%matplotlib inline", "%config InlineBackend.figure_format = 'svg'", "%timeit x", "%%time\nx"]
 )
