@@ -265,8 +265,8 @@ def flash_kan(
     values of degree 0 and derivatives of order ``k`` jump, the one-sided value from the right is used; on a GPU, for a
     sample within a rounding of a knot, it may be the one from the left. The results are the same from run to run, except
     on a GPU for up to 16 outputs and more than 256 rows, at least twice as many as samples: there the gradient of the
-    weights is added up by atomics, unless ``torch.use_deterministic_algorithms(True)`` is set. Raises ``TypeError`` or
-    ``ValueError`` naming the argument.
+    weights may be added up by atomics (high degrees, odd numbers of outputs, very fine grids), unless
+    ``torch.use_deterministic_algorithms(True)`` is set. Raises ``TypeError`` or ``ValueError`` naming the argument.
     Source: KAN, arXiv 2404.19756, equation 2.10.
     """
     for name, tensor in (("x", x), ("spline_weight", spline_weight), ("base_weight", base_weight)):
