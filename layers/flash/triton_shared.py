@@ -1,8 +1,9 @@
 """Shared memory at addresses of a program's own choice, which Triton does not offer: a few PTX instructions.
 
-All take and give one number a thread: tensors of as many numbers as a program has threads, or of a multiple. Addresses are
-in bytes. INTERPRETED: Triton's interpreter knows neither PTX nor shared memory; its programs run one after the other, and
-numbers then lie where ``spare`` points.
+All take and give one number a thread, in tensors of as many numbers as a program has threads, or of a multiple: were there
+fewer, several threads would hold the same one, and each would add it to a sum. Addresses are in bytes. Whoever reads what
+another warp stored needs ``tl.debug_barrier`` between. INTERPRETED: Triton's interpreter knows neither PTX nor shared memory;
+its programs run one after the other, and numbers then lie where ``spare`` points.
 """
 
 import triton
@@ -31,7 +32,7 @@ def threads(WARPS: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def get(memory, at, here, INTERPRETED: tl.constexpr):
-    """Any number where a thread is not ``here``; None: all are."""
+    """What a thread gets that is not ``here`` has no meaning. None: all are."""
     if INTERPRETED:
         return tl.load(memory + at // 4, mask=here)
     elif here is None:
@@ -47,7 +48,7 @@ def get(memory, at, here, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def get_pair(memory, at, here, INTERPRETED: tl.constexpr):
-    """Two numbers side by side, the first at a multiple of 8 bytes; any where a thread is not ``here``."""
+    """Two numbers side by side, the first at a multiple of 8 bytes; see ``get``."""
     if INTERPRETED:
         return tl.load(memory + at // 4, mask=here), tl.load(memory + at // 4 + 1, mask=here)
     else:
