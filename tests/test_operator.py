@@ -251,9 +251,9 @@ PLACE_CASES = (
     Case(63, order=2, dtype=torch.float64, second=True),
 )
 NARROW_CASES = tuple(
-    Case(63, 17, 63, 100, weight_dtype=dtype, grid_range=ends)
+    Case(63, 17, outputs, 100, weight_dtype=dtype, grid_range=ends)
     for dtype in (torch.bfloat16, torch.float16)
-    for ends in ((-1, 1), (0, 1))
+    for outputs, ends in ((63, (-1, 1)), (63, (0, 1)), (10, (-1, 1)))
 )
 # Eight divides all basis values of a sample: on a GPU the dense route shifts packed windows, a program for 256 inputs.
 NARROW_CASES += tuple(Case(5, 272, 3, 20 - k, k, weight_dtype=torch.bfloat16, grid_range=(-1.5, 1)) for k in range(4))
