@@ -39,7 +39,8 @@ WIDE = (20, 2, 520, 9, 3)
 WAYS = [(False, 0), (True, 1), (True, 2)]  # with a scale, order of differentiation
 SOME = CASES[:1] + CASES[-2:]
 FEW = [case for case in CASES if case[2] <= 32] + [(150, 2, 4, 12, 3)]
-NO_SUMS = gpu_sums, "GROUPS", 0  # in shared memory
+PRODUCTS = [(gpu_sums, "GROUPS", 0), (gpu_few, "FEW_ROWS", 4)]  # few outputs, and no sums in shared memory
+SORTED = [*PRODUCTS, (gpu_few, "SORT_ALONG", 8)]
 DENSE_CASES = [  # the same, and an order of differentiation
     ((40, 19, 72, 4, 3), 1),
     ((7, 3, 33, 6, 1), 0),
@@ -68,22 +69,10 @@ SETTINGS = [  # numbers that decide which kernel runs: with other ones small cas
     ([(gpu_sort, "AT_ONCE", 8)], SOME, WAYS[:1]),  # keys sorted by torch
     ([(gpu_few, "FEW_ROWS", 1)], FEW, WAYS),  # few outputs: sums in shared memory
     ([(gpu_few, "FEW_ROWS", 1), (gpu_sums, "HELD", 100)], FEW, WAYS[:2]),  # … of a feature by several programs
-    (
-        [NO_SUMS, (gpu_few, "SORT_ALONG", 8), (gpu_few, "FEW_ROWS", 4)],
-        SOME,
-        WAYS[:2],
-    ),  # few outputs: sorted by a kernel before
-    (
-        [NO_SUMS, (gpu_few, "SORT_ALONG", 8), (gpu_few, "FEW_ROWS", 4), (gpu_sort, "AT_ONCE", 8)],
-        SOME,
-        WAYS[:2],
-    ),  # … by torch
+    (SORTED, SOME, WAYS[:2]),  # … sorted by a kernel before
+    ([*SORTED, (gpu_sort, "AT_ONCE", 8)], SOME, WAYS[:2]),  # … by torch
     ([(gpu_few, "LONG", 8), (gpu_few, "CHUNK", 16), (gpu, "FEW_WORK", 0)], CASES[:4], WAYS),  # … sums in pieces
-    (
-        [NO_SUMS, (gpu_few, "multiprocessors", lambda _: 1), (gpu_few, "FEW_ROWS", 4)],
-        SOME,
-        WAYS[:1],
-    ),  # a program, many tiles
+    ([*PRODUCTS, (gpu_few, "multiprocessors", lambda _: 1)], SOME, WAYS[:1]),  # … a program, many tiles
     ([(gpu_few, "adds", lambda *_: True), (gpu_few, "FEW_ROWS", 1)], CASES[:6:3], WAYS),  # few outputs: atomics
     ([(gpu_walk, "STEPS", 8), (gpu, "FEW_OUTPUTS", 0)], [*CASES, WIDE], WAYS),  # the walk, cut into many stretches
     ([(gpu_walk, "STEPS", 8), (gpu_sort, "AT_ONCE", 8)], SOME, WAYS[:1]),  # many stretches, keys sorted by torch

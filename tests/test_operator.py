@@ -230,10 +230,10 @@ SIZE_CASES = (
     Case(1100, 3, 63, 100),  # on a GPU, more samples than a program sorts: cells in one byte, and in two
     Case(1100, 3, 63, 300, second=True),
     Case(1100, 3, 13, 100),  # few outputs
+    Case(2100, 520, 3, 5),  # … and sums in pieces
     Case(1100, 3, 3, 100),  # … and so few that they are summed up in shared memory
     Case(300, 3, 10, 1000),  # … by two programs for a feature
-    Case(300, 3, 10, 100, x="one cell"),  # … whose warps all take part in one cell
-    Case(2100, 520, 3, 5),  # … and sums in pieces
+    Case(300, 3, 10, 100, x="one cell"),  # … by all warps, as one cell has all samples
 )
 ORDER_CASES = tuple(Case(order=k, second=k == 3, grid_range=(0, 1)) for k in range(6))
 PLACE_CASES = (
