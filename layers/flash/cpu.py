@@ -208,6 +208,16 @@ def _to_lines(w, out, rows, outputs, row, lanes):
             store(load(w, r * outputs + o, lanes), out, r * row + o)
 
 
+@numba.njit(forceinline=True)
+def _from_lines(lines, out, at, rows, outputs, row, lanes):
+    """The way back, to ``out`` from ``at`` on. ``lanes`` is ``outputs`` at most: a row's last vector ends where the row does."""
+    lanes = numba.literally(lanes)
+    for r in range(rows):
+        for o in range(0, outputs - lanes, lanes):
+            store(load(lines, r * row + o, lanes), out, at + r * outputs + o)
+        store(load(lines, r * row + outputs - lanes, lanes), out, at + (r + 1) * outputs - lanes)
+
+
 def lanes_of(outputs: int) -> int:
     """How many outputs the innermost loops take at a time; rows are filled up to a multiple of it.
 
@@ -294,6 +304,7 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, lanes: int, single: bool, b
     """
     width, whole_line, made_of = order + 1, lanes * real(0).itemsize >= 64, VECTORS
     slope_d, value_d = max(dot_d, 0), max(scatter_d, 0)
+    inside = max(lanes // 2, 1) if single else lanes  # numbers of a vector that no row is shorter than
     slope_now, slope_before = silu_terms(slope_d)
     value_now, value_before = silu_terms(value_d)
 
@@ -313,7 +324,7 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, lanes: int, single: bool, b
         cells, f = np.empty(samples, np.int32), np.empty(samples, real)
         values = np.empty((width, samples), real)
         act, logistic = np.empty(samples, real), np.empty(samples, real)
-        local = _lines(rows * row if scatter_d >= 0 else 0, real)
+        local, flat_gradient = _lines(rows * row if scatter_d >= 0 else 0, real), gradient.reshape(-1)
         piece = max(PIECE, 4 * rows)
         near = dot_d >= 0 and rows <= samples and outputs < row and whole_line
         near_weight = _lines(rows * row if near else 0, real)
@@ -357,7 +368,7 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, lanes: int, single: bool, b
                                         store(fma(values[r, b], g, load(local, at, lanes)), local, at)
                         store(sums, local_base, o)
                     if start == 0:
-                        gradient[i] = local.reshape(rows, row)[:, :outputs]
+                        _from_lines(local, flat_gradient, i * rows * outputs, rows, outputs, row, inside)
                         if base:
                             base_gradient[i] = local_base[:outputs]
                     else:
