@@ -142,8 +142,18 @@ def test_rows_are_whole_and_can_be_read_back(tmp_path, monkeypatch):
         (job.layer, job.size, name) for job in plan for name in benchmark.PASSES
     ]
     assert all(row["checked"] and 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"] for row in rows)
+    assert {row["mode"] for row in rows} == {"eager"}
     benchmark.run(tmp_path / "small.csv", "cpu", minutes=-1)
     assert timing_plots.read(tmp_path) == []
+
+
+def test_layers_that_take_turns_have_rows_of_their_own(tmp_path, monkeypatch):
+    plan = (benchmark.Job("nn.Linear", "8-4", 5), benchmark.Job("FlashKAN", "8-4", 20))
+    monkeypatch.setattr(benchmark, "jobs", lambda device, quick: [benchmark.InTurn(plan, rounds=2)])
+    benchmark.run(tmp_path / "turns.csv", "cpu")
+    rows = timing_plots.read(tmp_path)
+    assert [(row["layer"], row["G"]) for row in rows] == [(job.layer, job.size) for job in plan]
+    assert {(row["pass"], row["mode"], row["checked"]) for row in rows} == {("forward+backward", "in turn", True)}
 
 
 def test_where_rows_are_written(tmp_path, monkeypatch):
@@ -161,6 +171,17 @@ def test_where_rows_are_written(tmp_path, monkeypatch):
 def test_a_wrong_layer_gets_no_row(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "jobs", lambda device, quick: [benchmark.Job("FlashKAN", "8-4", 5)])
     monkeypatch.setattr(benchmark, "build", lambda *of: Wrong(8, 4, 5))
+    benchmark.run(tmp_path / "wrong.csv", "cpu")
+    assert timing_plots.read(tmp_path) == []
+
+
+def test_one_wrong_layer_stops_those_it_takes_turns_with(tmp_path, monkeypatch):
+    plan = (benchmark.Job("nn.Linear", "8-4", 5), benchmark.Job("FlashKAN", "8-4", 5))
+    monkeypatch.setattr(benchmark, "jobs", lambda device, quick: [benchmark.InTurn(plan, rounds=2)])
+    build = benchmark.build
+    monkeypatch.setattr(
+        benchmark, "build", lambda name, *of: Wrong(8, 4, 5) if name == "FlashKAN" else build(name, *of)
+    )
     benchmark.run(tmp_path / "wrong.csv", "cpu")
     assert timing_plots.read(tmp_path) == []
 

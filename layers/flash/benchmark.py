@@ -61,7 +61,18 @@ class Job:
         return f"{self.layer:18} {self.shape:9} G={self.size:<4} {kind:8}"
 
 
-def jobs(device: str, quick: bool = False) -> Iterator[Job]:
+@dataclass(frozen=True)
+class InTurn:
+    """Layers called from Python in turn, forward and backward: what slows the host for a while slows all of them."""
+
+    jobs: tuple[Job, ...]
+    rounds: int
+
+    def __str__(self) -> str:
+        return f"{'in turn':18} {self.jobs[0].shape:9} {len(self.jobs)} layers  "
+
+
+def jobs(device: str, quick: bool = False) -> Iterator[Job | InTurn]:
     """What is measured on "cpu" or "cuda", the most important first. ``quick`` leaves out the wide shapes."""
     main = ("FlashKAN", "KANLinear")
     if device == "cpu":
@@ -71,6 +82,7 @@ def jobs(device: str, quick: bool = False) -> Iterator[Job]:
         yield from (Job(name, "8-4", 5) for name in (*main, "Regular_KAN"))
         return
     some = (5, 20, 100, 500)
+    yield InTurn((Job("nn.Linear", "784-10", 5), *(Job("FlashKAN", "784-10", G) for G in GRIDS)), rounds=30)
     for shape in ("784-10", "512-512"):
         yield Job("nn.Linear", shape, 5)
         for name in main:
@@ -130,8 +142,10 @@ def build(name: str, features: int, outputs: int, size: int, device: str = "cpu"
     return torch.compile(layer, dynamic=False) if how == "compiled" else layer
 
 
-def reason_to_skip(job: Job, device: str) -> str:
+def reason_to_skip(job: Job | InTurn, device: str) -> str:
     """Why a job does not fit this device, or an empty string."""
+    if isinstance(job, InTurn):
+        return next((reason for one in job.jobs if (reason := reason_to_skip(one, device))), "")
     samples, features, outputs = SHAPES[job.shape]
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else 2**33
     rows = job.size + 3
@@ -251,30 +265,41 @@ def number_format(job: Job, device: str):
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def rows(job: Job, device: str) -> Iterator[dict]:
-    """Checks one job and yields its rows, without what is the same in all of them."""
+def prepared(job: Job, device: str) -> tuple[nn.Module, Tensor, float]:
+    """The layer of a job, its inputs (B, I), and the largest error of the two, see :func:`check`."""
     samples, features, outputs = SHAPES[job.shape]
+    torch.manual_seed(0)
+    layer = build(job.layer, features, outputs, job.size, device).to(job.dtype)
+    x = (torch.rand(samples, features, device=device) * 2 - 1).requires_grad_()
+    return layer, x, check(layer, x, job.tf32)
+
+
+def row(job: Job, name: str, mode: str, times: timing.Times, peak: float | None, error: float) -> dict:
+    """A row of the file but for what is the same in all; ``name``: the pass."""
+    samples, features, outputs = SHAPES[job.shape]
+    marks = {"median_us": times.median, "p20_us": times.low, "p80_us": times.high, "peak_mib": peak}
+    return {
+        **{"layer": job.layer, "B": samples, "I": features, "O": outputs, "G": job.size, "k": 3},
+        **{"dtype": str(job.dtype)[6:], "tf32": job.tf32, "pass": name, "mode": mode},
+        **{"checked": True, "error": f"{error:.1e}"},
+        **{key: "" if value is None else f"{value:.2f}" for key, value in marks.items()},
+    }
+
+
+def rows(job: Job | InTurn, device: str) -> Iterator[dict]:
+    """Checks one job, or those that take turns, and yields their rows, without what is the same in all of them."""
+    if isinstance(job, InTurn):
+        both, layers = PASSES[1], {one: prepared(one, device) for one in job.jobs}
+        turns = {one: calls(layer, x)[both] for one, (layer, x, _) in layers.items()}
+        for one, times in timing.in_turn(turns, device, job.rounds, graphs=False).items():
+            yield row(one, both, "in turn", times, None, layers[one][2])
+        return
     with number_format(job, device):
-        torch.manual_seed(0)
-        layer = build(job.layer, features, outputs, job.size, device).to(job.dtype)
-        x = (torch.rand(samples, features, device=device) * 2 - 1).requires_grad_()
-        error = check(layer, x, job.tf32)
+        layer, x, error = prepared(job, device)
         # Without gradients a compiled layer would be compiled once more.
         passes = PASSES[1:] if job.layer.endswith("compiled") else PASSES
         for name, mode, times, peak in measure(layer, x, passes):
-            marks = {"median_us": times.median, "p20_us": times.low, "p80_us": times.high, "peak_mib": peak}
-            yield {
-                **{"layer": job.layer, "B": samples, "I": features, "O": outputs, "G": job.size, "k": 3},
-                **{
-                    "dtype": str(job.dtype)[6:],
-                    "tf32": job.tf32,
-                    "pass": name,
-                    "mode": mode,
-                    "checked": True,
-                    "error": f"{error:.1e}",
-                },
-                **{key: "" if value is None else f"{value:.2f}" for key, value in marks.items()},
-            }
+            yield row(job, name, mode, times, peak, error)
 
 
 def device_name(device: str) -> str:
@@ -306,11 +331,11 @@ def run(out: Path, device: str, quick: bool = False, minutes: float = 30) -> Non
                 continue
             shown = []
             try:
-                for row in rows(job, device):
-                    writer.writerow(same | row)
+                for measured in rows(job, device):
+                    writer.writerow(same | measured)
                     file.flush()
-                    if row["pass"] == "forward+backward":
-                        shown.append(f"{row['mode']} {float(row['median_us']):,.0f}")
+                    if measured["pass"] == "forward+backward":
+                        shown.append(f"{measured['mode']} {float(measured['median_us']):,.0f}")
                 print(f"{head} forward+backward {', '.join(shown)} µs", flush=True)
             except RuntimeError as error:  # out of memory, or no compiler for torch.compile: the other rows count
                 print(

@@ -122,26 +122,35 @@ def timed(call: Callable[[], object], device: torch.device | str) -> Times:
 
 
 def in_turn(
-    calls: dict[Hashable, Callable[[], object]], device: torch.device | str, rounds: int = 15, inner: int = 10
+    calls: dict[Hashable, Callable[[], object]],
+    device: torch.device | str,
+    rounds: int = 15,
+    inner: int = 10,
+    graphs: bool = True,
 ) -> dict[Hashable, Times]:
     """Times several calls round by round, so that what slows the machine for a while slows all of them.
 
     Args:
         calls: by any name, each without arguments.
-        device: "cpu" or "cuda"; on a GPU each call is recorded as a CUDA graph first, as in :func:`timed`.
+        device: "cpu" or "cuda".
         rounds: measurements of each call, at least 1.
-        inner: replays of a measurement on a GPU.
+        inner: calls that follow each other on a GPU: replays of one measurement, or without ``graphs`` as many measurements.
+        graphs: on a GPU each call is recorded as a CUDA graph first, as in :func:`timed`; else called as in :func:`eager`.
 
     Returns:
         Under the name of each call its three marks.
     """
     seconds = {name: [] for name in calls}
-    graphs = {name: capture(call) for name, call in calls.items()} if torch.device(device).type == "cuda" else {}
+    cuda = torch.device(device).type == "cuda"
+    recorded = {name: capture(call) for name, call in calls.items()} if cuda and graphs else {}
     for call in calls.values():
         call()
     for _ in range(rounds):
         for name, call in calls.items():
-            seconds[name].append(_replay_seconds(graphs[name], inner) if graphs else _seconds(call, device))
+            if recorded:
+                seconds[name].append(_replay_seconds(recorded[name], inner))
+            else:
+                seconds[name] += [_seconds(call, device) for _ in range(inner if cuda else 1)]
     return {name: summary(measured) for name, measured in seconds.items()}
 
 
