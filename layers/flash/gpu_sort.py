@@ -67,20 +67,22 @@ def for_walk(
     return (Launch(triton_sort.arrange_kernel, (features,), (*shape, *cut, *grid), constants, warps),)
 
 
-def sorted_cells(launch: Launch, x: Tensor, scale: Tensor, acts: Tensor, size: int, order: int) -> tuple:
-    """``x`` turned around (I, B), its cells in order, and the samples in that order; fills ``acts``."""
-    turned = torch.empty(x.shape[1], x.shape[0], dtype=x.dtype, device=x.device)
-    cells = torch.empty_like(turned, dtype=_cell_dtype(size, order))
+def sorted_cells(
+    launch: Launch, x: Tensor, scale: Tensor, turned: Tensor, acts: Tensor, size: int, order: int
+) -> tuple[Tensor, Tensor]:
+    """The cells (I, B) of each feature in order, and the samples in that order.
+
+    A launch for a walk fills ``turned`` (I, B) with ``x`` turned around, and ``acts``.
+    """
+    cells = torch.empty(x.shape[1], x.shape[0], dtype=_cell_dtype(size, order), device=x.device)
     launch(x, scale, cells, turned, acts)
-    return turned, *cells.sort(dim=1, stable=True)
+    return cells.sort(dim=1, stable=True)
 
 
 def keys(launch: Launch, x: Tensor, size: int, order: int, bits: int, dtype: torch.dtype) -> Tensor:
     """Sorted keys (I, B), see ``triton_sort.sorted_keys``; for the last two, ``key_format``."""
     if x.shape[0] > AT_ONCE:
-        cells = torch.empty(x.shape[1], x.shape[0], dtype=_cell_dtype(size, order), device=x.device)
-        launch(x, x, cells, x, x)
-        cells, ranked = cells.sort(dim=1, stable=True)
+        cells, ranked = sorted_cells(launch, x, x, x, x, size, order)
         return cells.to(dtype).bitwise_left_shift_(bits).bitwise_or_(ranked.to(dtype))
     out = torch.empty(x.shape[1], x.shape[0], dtype=dtype, device=x.device)
     launch(x, out)

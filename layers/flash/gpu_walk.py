@@ -144,7 +144,9 @@ def adjoint(
     scaling = x if scale is None else scale
     first, *place = launches.sort
     if place:
-        place[0](*gpu_sort.sorted_cells(first, x, scaling, acts, rows - order, order), keys, places, slopes, cuts)
+        turned = torch.empty(features, samples, dtype=x.dtype, device=device)
+        cells, ranked = gpu_sort.sorted_cells(first, x, scaling, turned, acts, rows - order, order)
+        place[0](turned, cells, ranked, keys, places, slopes, cuts)
     else:
         first(x, scaling, keys, places, slopes, acts, cuts)
     dots = v = b = carries = None

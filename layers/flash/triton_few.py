@@ -16,7 +16,7 @@ import triton.language as tl
 
 from layers.flash.triton_basis import cardinal, silu
 from layers.flash.triton_sort import sorted_keys
-from layers.flash.triton_windows import add, dot
+from layers.flash.triton_windows import add, dot, gather
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def rows_kernel(
     BASE: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr,
     BO: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """A coarse grid: ``bases`` programs of ``_base``, then BM of all I * R rows each, then ``dot``."""
+    """A coarse grid: ``bases`` programs of ``_base``, then BM of all I * R rows each, then ``gather``."""
     pid = tl.program_id(0)
     outputs = units * UNIT
     lo, hi, inv_h = tl.full([], lo, CT), tl.full([], hi, CT), tl.full([], inv_h, CT)
@@ -125,10 +125,8 @@ def rows_kernel(
         to = row.to(tl.int64)[:, None] * outputs + o[None, :]
         tl.store(gradient + to, acc.to(gradient.dtype.element_ty), mask=ok[:, None] & (o < outputs)[None, :])
     elif DOT_D >= 0:
-        pid -= bases + row_programs
-        blocks = tl.cdiv(features, BI)
-        dot(
-            pid // blocks, pid % blocks, x, grad, weight, base, dots, windows,
+        gather(
+            pid - (bases + row_programs), x, grad, weight, base, dots, windows,
             samples, features, outputs, size, lo, hi, inv_h, ORDER, DOT_D, CT, BASE, BI, BO,
         )  # fmt: skip
 
@@ -249,7 +247,7 @@ def columns_kernel(
     BO: tl.constexpr, SORT: tl.constexpr, NB: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
     BASE_BM: tl.constexpr, BASE_BS: tl.constexpr,
 ):  # fmt: skip
-    """A fine grid: ``columns`` programs of ``_column``, then ``bases`` of ``_base``, then those of ``dot``."""
+    """A fine grid: ``columns`` programs of ``_column``, then ``bases`` of ``_base``, then ``gather``."""
     pid = tl.program_id(0)
     outputs = units * UNIT
     lo, hi, inv_h = tl.full([], lo, CT), tl.full([], hi, CT), tl.full([], inv_h, CT)
@@ -264,10 +262,8 @@ def columns_kernel(
             SCATTER_D, SCALED, PRECISION, 0, BASE_BM, BASE_BS, BN,
         )  # fmt: skip
     elif DOT_D >= 0:
-        pid -= columns + bases
-        blocks = tl.cdiv(features, BI)
-        dot(
-            pid // blocks, pid % blocks, x, grad, weight, base, dots, windows,
+        gather(
+            pid - (columns + bases), x, grad, weight, base, dots, windows,
             samples, features, outputs, size, lo, hi, inv_h, ORDER, DOT_D, CT, BASE, BI, BO,
         )  # fmt: skip
 

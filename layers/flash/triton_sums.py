@@ -14,7 +14,7 @@ import triton.language as tl
 
 from layers.flash.triton_basis import basis, locate, silu, value
 from layers.flash.triton_shared import get, get_pair, memory, put, put_pair, threads
-from layers.flash.triton_windows import dot
+from layers.flash.triton_windows import gather
 
 
 @triton.jit
@@ -78,6 +78,27 @@ def _count(counts, number):
 
 
 @triton.jit
+def _length(totals, warp, WARPS: tl.constexpr):
+    """Of a warp's list: the samples that reach its rows, and its part of the crowd, whose number comes last."""
+    return _count(totals, warp) + (_count(totals, WARPS) + WARPS - 1 - warp) // WARPS
+
+
+@triton.jit
+def _reaches(first, crowd, here, warp, height, K: tl.constexpr):
+    """Whether a window that is not of the crowd, from row ``first`` on, has one of a warp's rows."""
+    return here & (first != crowd) & (first + K > warp * height) & (first < (warp + 1) * height)
+
+
+@triton.jit
+def _piece(height, outputs, K: tl.constexpr):
+    """How many numbers a warp has, and where among them the crowd's window lies.
+
+    Before and behind its rows lie K more, for what of a window belongs to others, or to nobody; then the crowd's.
+    """
+    return (height + 3 * K) * outputs, (height + 2 * K) * outputs
+
+
+@triton.jit
 def _fill_lists(
     room, first, here, crowd, height, outputs, t,
     K: tl.constexpr, CB: tl.constexpr, WARPS: tl.constexpr, SUMS: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -87,31 +108,29 @@ def _fill_lists(
     """
     SLOTS: tl.constexpr = CB + 4
     n = tl.arange(0, CB)
-    piece, crowds = (height + 3 * K) * outputs, (height + 2 * K) * outputs
+    piece, crowds = _piece(height, outputs, K)
     joins = here & (first == crowd) & (crowd + K > 0) & (crowd < WARPS * height)
     # Up to five counts, of 12 bits each, in one running sum.
     reached = joins.to(tl.int64) << 12 * WARPS
     for w in tl.static_range(WARPS):
-        reaches = here & (first != crowd) & (first + K > w * height) & (first < (w + 1) * height)
-        reached += reaches.to(tl.int64) << 12 * w
+        reached += _reaches(first, crowd, here, w, height, K).to(tl.int64) << 12 * w
     before, totals = tl.cumsum(reached, axis=0) - reached, tl.sum(reached, axis=0)
     for w in tl.static_range(WARPS):
-        reaches = here & (first != crowd) & (first + K > w * height) & (first < (w + 1) * height)
         entry = (n << 20) + SUMS + 4 * (w * piece + (first - w * height + K) * outputs)
-        slot = w * SLOTS + _count(before, w)
+        slot, reaches = w * SLOTS + _count(before, w), _reaches(first, crowd, here, w, height, K)
         put(room, 4 * slot, entry.to(tl.float32, bitcast=True), reaches, INTERPRETED)
-    turn, joined = _count(before, WARPS), _count(totals, WARPS)
+    turn = _count(before, WARPS)
     w = turn % WARPS
     entry = (n << 20) + SUMS + 4 * (w * piece + crowds)
     slot = w * SLOTS + _count(totals, w) + turn // WARPS
     put(room, 4 * slot, entry.to(tl.float32, bitcast=True), joins, INTERPRETED)
     end = 0
     for w in tl.static_range(WARPS):
-        end = tl.maximum(end, _count(totals, w) + (joined + WARPS - 1 - w) // WARPS)
+        end = tl.maximum(end, _length(totals, w, WARPS))
     end = tl.cdiv(end, 4) * 4
     # Shorter lists are filled up: the first sample, added where nobody reads.
     warp = t // 32
-    length = _count(totals, warp) + (joined + WARPS - 1 - warp) // WARPS
+    length = _length(totals, warp, WARPS)
     entry = SUMS + 4 * warp * piece
     for at in range(0, end, 32):
         place = at + t % 32
@@ -126,7 +145,7 @@ def _add_crowd(
     K: tl.constexpr, WARPS: tl.constexpr, SUMS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Adds the crowd's windows of all warps to the rows they stand for; one thread does so for each number of a window."""
-    piece, crowds = (height + 3 * K) * outputs, (height + 2 * K) * outputs
+    piece, crowds = _piece(height, outputs, K)
     row = crowd + t // outputs
     there = (t < K * outputs) & (row >= 0) & (row < WARPS * height)
     owner = row // height
@@ -168,8 +187,7 @@ def _sums(
     rows = size + ORDER
     height = tl.cdiv(rows, groups * WARPS)
     low = pid % groups * (WARPS * height)
-    # Before and behind a warp's rows lie K more, for what of a window belongs to others, or to nobody; then the crowd's.
-    piece = (height + 3 * K) * outputs
+    piece, _ = _piece(height, outputs, K)
     room = memory(spare, BYTES, INTERPRETED)
     t = threads(WARPS, INTERPRETED)
     warp, lane = t // 32, t % 32
@@ -230,7 +248,7 @@ def sums_kernel(
     BASE: tl.constexpr, UNIT: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, PAIRS: tl.constexpr,
     CB: tl.constexpr, WARPS: tl.constexpr, BYTES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """``sums`` programs of ``_sums``, then those of ``dot``."""
+    """``sums`` programs of ``_sums``, then ``gather``."""
     pid = tl.program_id(0)
     outputs = units * UNIT
     lo, hi, inv_h = tl.full([], lo, CT), tl.full([], hi, CT), tl.full([], inv_h, CT)
@@ -240,9 +258,7 @@ def sums_kernel(
             ORDER, SCATTER_D, SCALED, BASE, BO, PAIRS, CB, WARPS, BYTES, INTERPRETED,
         )  # fmt: skip
     elif DOT_D >= 0:
-        pid -= sums
-        blocks = tl.cdiv(features, BI)
-        dot(
-            pid // blocks, pid % blocks, x, grad, weight, base, dots, windows,
+        gather(
+            pid - sums, x, grad, weight, base, dots, windows,
             samples, features, outputs, size, lo, hi, inv_h, ORDER, DOT_D, CT, BASE, BI, BO,
         )  # fmt: skip

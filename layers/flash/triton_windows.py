@@ -125,6 +125,20 @@ def dot(
 
 
 @triton.jit
+def gather(
+    pid, x, grad, weight, base, dots, windows,
+    samples, features, outputs, size, lo, hi, inv_h,
+    ORDER: tl.constexpr, D: tl.constexpr, CT: tl.constexpr, BASE: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """``dot`` as programs of their own: one for each sample and block of BI features."""
+    blocks = tl.cdiv(features, BI)
+    dot(
+        pid // blocks, pid % blocks, x, grad, weight, base, dots, windows,
+        samples, features, outputs, size, lo, hi, inv_h, ORDER, D, CT, BASE, BI, BO,
+    )  # fmt: skip
+
+
+@triton.jit
 def add(
     b, block, x, scale, grad, gradient, windows,
     samples, features, outputs, size, lo, hi, inv_h,
