@@ -5,6 +5,7 @@ a new version of Triton makes of the kernels.
 """
 
 import functools
+import re
 import sys
 from collections.abc import Iterator
 from unittest import mock
@@ -99,10 +100,21 @@ def compile_for(launch: Launch, tensors: tuple, numbers: tuple, capability: int)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
 
 
+def uneven_sums(ptx: str) -> list[str]:
+    """Where threads that exchange numbers to add them up get different sums: a thread joins the product that is its own
+    to the sum, without rounding it, and gives others the rounded one.
+    """
+    received = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
+    return [line for line, added in re.findall(r"(fma\.rn\.f32\s.*, (%\w+));", ptx) if added in received]
+
+
 def main(*capabilities: int) -> None:
     for capability in capabilities:
         kernels = [compile_for(*made, capability) for made in launches(tiles_for(capability))]
         names = {kernel.name for kernel in kernels}
+        uneven = {kernel.name: found for kernel in kernels if (found := uneven_sums(kernel.asm["ptx"]))}
+        if uneven:
+            sys.exit(f"{capability}: threads that share a sum would hold different ones: {uneven}")
         print(f"{capability}: {len(kernels)} programs of {len(names)} kernels compiled")
 
 

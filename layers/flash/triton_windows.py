@@ -121,7 +121,10 @@ def dot(
         tl.zeros((BI, BO), CT), _first_rows(windows, at, here, CT), windows, weight, base, i, at, here, o, o < outputs,
         plane, outputs, (size + ORDER) * outputs, ORDER, CT, BASE,
     )  # fmt: skip
-    tl.store(dots + at, tl.sum(mix * g[None, :], axis=1).to(dots.dtype.element_ty), mask=here)
+    # Rounded before they are added up: a product joined to a sum over threads would be exact in one thread and rounded
+    # in the others, which would then hold different sums.
+    products = tl.fma(mix, tl.broadcast_to(g[None, :], mix.shape), tl.zeros_like(mix))
+    tl.store(dots + at, tl.sum(products, axis=1).to(dots.dtype.element_ty), mask=here)
 
 
 @triton.jit
