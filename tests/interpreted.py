@@ -10,7 +10,11 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
+import triton
+import triton.language as tl
+from scipy.interpolate import BSpline
 
 from layers.bsplines import dense_basis
 from layers.flash import (
@@ -25,6 +29,7 @@ from layers.flash import (
     reference,
     triton_adam,
 )
+from layers.flash.triton_basis import cardinal
 
 CASES = [  # B, I, O, G, k
     (17, 3, 10, 5, 3),
@@ -194,6 +199,22 @@ def padding_error() -> float:
     return relative(y, reference.apply(x.double(), weight.double(), base.double(), None, 3, -500.0, 500.0, 2))
 
 
+@triton.jit
+def cardinal_kernel(t, out, ORDER: tl.constexpr, D: tl.constexpr, COUNT: tl.constexpr):
+    n = tl.arange(0, COUNT)
+    tl.store(out + n, cardinal(tl.load(t + n), 1.0, ORDER, D))
+
+
+def cardinal_error(order: int, d: int) -> float:
+    """Of a basis function by the distance from its centre, in float32: in roundings of its largest value."""
+    t = torch.linspace(-order / 2 - 1, order / 2 + 1, 4096)
+    got = torch.empty_like(t)
+    cardinal_kernel[(1,)](t, got, order, d, len(t))
+    function = BSpline.basis_element(np.arange(order + 2) - (order + 1) / 2, extrapolate=False)
+    exact = np.nan_to_num((function.derivative(d) if d else function)(t.double().numpy()))
+    return np.abs(got.double().numpy() - exact).max() / np.abs(exact).max() / torch.finfo(torch.float32).eps
+
+
 def adam_error() -> float:
     """Of a step of LazyAdam on rows of which two have no gradient."""
     weight, grad, m, v = torch.rand(4, 7, 33)
@@ -267,6 +288,11 @@ def main(part: int = 0, parts: int = 1) -> None:
         if next(number) % parts == part:
             assert packed_error(*case) < 1e-3, case
             checked += 1
+    for order in range(1, 6):
+        for d in range(min(order, 3)):
+            if next(number) % parts == part:
+                assert cardinal_error(order, d) < 5, (order, d)
+                checked += 1
     torch.use_deterministic_algorithms(False)
     for setting, cases, ways in SETTINGS:
         before = [(module, name, getattr(module, name)) for module, name, _ in setting]

@@ -64,7 +64,7 @@ def deterministic(monkeypatch):
 
 @dataclass(frozen=True)
 class Case:
-    """One layer and one batch. ``x`` is one of random, one cell, knots, outside, ends; see :func:`data_of`."""
+    """One layer and one batch. ``x`` is one of random, crowd, one cell, knots, outside, ends; see :func:`positions`."""
 
     batch: int = 17
     features: int = 5
@@ -90,12 +90,14 @@ def positions(case: Case, rng: np.random.Generator) -> np.ndarray:
     lo, hi = case.grid_range
     h = (hi - lo) / case.grid_size
     shape = (case.batch, case.features)
-    if case.x == "random":  # a quarter outside, more than a window away included
+    if case.x in ("random", "crowd"):  # a quarter outside, more than a window away included
         x = rng.uniform(lo - (hi - lo) / 6, hi + (hi - lo) / 6, shape)
         # Pieces meet with jumps in the k-th derivative; the gradients of gradients need the second one.
         if case.order < 3:
             cell = np.floor((x - lo) / h)
             x = lo + (cell + ((x - lo) / h - cell).clip(0.01, 0.99)) * h
+        if case.x == "crowd":  # four of five of a feature's samples in one cell, which may lie outside
+            x = np.where(rng.random(shape) < 0.8, x[:1], x)
     elif case.x == "one cell":  # every sample of a feature adds to the same k + 1 rows
         x = lo + (case.grid_size // 2 + rng.uniform(0.05, 0.95, shape)) * h
     elif case.x == "knots":
@@ -235,6 +237,7 @@ SIZE_CASES = (
     Case(300, 3, 10, 1000),  # … by two programs for a feature
     Case(300, 3, 10, 100, x="one cell"),  # … by all warps, as one cell has all samples
 )
+SIZE_CASES += (Case(1, 66, 13, 1, 5, "crowd", base=False),)  # near the middle of a function of degree 5
 ORDER_CASES = tuple(Case(order=k, second=k == 3, grid_range=(0, 1)) for k in range(6))
 PLACE_CASES = (
     Case(63, x="one cell", second=True),

@@ -89,21 +89,32 @@ def _power(z, N: tl.constexpr):
 def cardinal(t, inv_h, ORDER: tl.constexpr, D: tl.constexpr):
     """The D-th derivative, 0 to 2, of the B-spline of degree ORDER centred at 0, at ``t`` in spacings.
 
-    Sums of truncated powers (Schoenberg 1946), from the right end inwards, where nothing cancels. Needs
-    ``ORDER - D >= 1``: what jumps at a knot needs to know the cell.
+    Sums of truncated powers (Schoenberg 1946), from the right end inwards; in the middle, where large ones cancel, the
+    polynomial itself. Needs ``ORDER - D >= 1``: what jumps at a knot needs to know the cell.
     """
     N: tl.constexpr = ORDER - D
     s = tl.abs(t)
+    w = s * s
     if ORDER == 1:
-        v = _power(_plus(1.0 - s), N)
+        v = _plus(1.0 - s)
+        middle = v
     elif ORDER == 2:
-        v = _power(_plus(1.5 - s), N) - 3.0 * _power(_plus(0.5 - s), N)
+        v = _power(_plus(1.5 - s), N)
+        middle = 0.75 - w if D == 0 else 2.0 * s
     elif ORDER == 3:
-        v = _power(_plus(2.0 - s), N) - 4.0 * _power(_plus(1.0 - s), N)
+        v = _power(_plus(2.0 - s), N)
+        middle = (2 / 3) - w * (1.0 - 0.5 * s) if D == 0 else s * (2.0 - 1.5 * s) if D == 1 else 3.0 * s - 2.0
     elif ORDER == 4:
-        v = _power(_plus(2.5 - s), N) - 5.0 * _power(_plus(1.5 - s), N) + 10.0 * _power(_plus(0.5 - s), N)
+        v = _power(_plus(2.5 - s), N) - 5.0 * _power(_plus(1.5 - s), N)
+        middle = (115 / 192) - w * (0.625 - 0.25 * w) if D == 0 else s * (1.25 - w) if D == 1 else 3.0 * w - 1.25
     else:
-        v = _power(_plus(3.0 - s), N) - 6.0 * _power(_plus(2.0 - s), N) + 15.0 * _power(_plus(1.0 - s), N)
+        v = _power(_plus(3.0 - s), N) - 6.0 * _power(_plus(2.0 - s), N)
+        if D == 0:
+            middle = 0.55 - w * (0.5 - w * (0.25 - (1 / 12) * s))
+        elif D == 1:
+            middle = s * (1.0 - w * (1.0 - (5 / 12) * s))
+        else:
+            middle = w * (3.0 - (5 / 3) * s) - 1.0
     if N == 2:
         v = v * 0.5
     elif N == 3:
@@ -112,6 +123,7 @@ def cardinal(t, inv_h, ORDER: tl.constexpr, D: tl.constexpr):
         v = v * (1 / 24)
     elif N == 5:
         v = v * (1 / 120)
+    v = tl.where(s < (0.5 if ORDER % 2 == 0 else 1.0), middle, v)
     if D == 1:
         v = tl.where(t >= 0, -v, v) * inv_h
     elif D == 2:
