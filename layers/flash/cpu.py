@@ -175,6 +175,9 @@ def _silu(x, s, scale, out, now, before, d):
             if n < len(before):
                 q = fma(real(before[n]), power, q)
             power *= s[b]
+        slope = s[b] * (real(1) - s[b])
+        p *= slope if d > 0 else s[b]
+        q *= slope if d > 1 else s[b]
         out[b] = fma(real(d), q, real(0) if x[b] == -np.inf else x[b] * p)
     if scale.shape[0] > 0:
         for b in range(x.shape[0]):

@@ -26,27 +26,32 @@ from layers.bsplines import local_basis, window_rows
 GROUP_NUMBERS = 2**24
 
 
-LOGISTIC = (0.0, 1.0)  # s itself as a polynomial in s
+def logistic_terms(derivative: int) -> tuple[float, ...]:
+    """A polynomial in the logistic function ``s``, constant first: times ``s (1 - s)`` it is the d-th derivative of ``s``.
+
+    ``s' = s (1 - s)``, so differentiating once more is a rule for coefficients. Multiplied out the terms would cancel
+    where ``s`` is close to 1. For ``d = 0`` the polynomial is to be multiplied by ``s`` itself.
+    """
+    terms = (1.0,)
+    for _ in range(derivative - 1):
+        kept, next_power = [(n + 1) * c for n, c in enumerate(terms)], [(n + 2) * c for n, c in enumerate(terms)]
+        terms = tuple(a - b for a, b in zip([*kept, 0.0], [0.0, *next_power], strict=True))
+    return terms
 
 
 def silu_terms(derivative: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The d-th and the (d - 1)-th derivative of the logistic function ``s`` as polynomials in ``s``, constant first.
-
-    ``s' = s (1 - s)``, so differentiating once more is a rule for coefficients. For ``d = 0`` the second is ``s``.
-    """
-    before, now = LOGISTIC, LOGISTIC
-    for _ in range(derivative):
-        slopes = [n * c for n, c in enumerate(now)]  # s times the derivative of the polynomial
-        before, now = now, tuple(a - b for a, b in zip(slopes + [0.0], [0.0] + slopes, strict=True))
-    return now, before
+    """``logistic_terms`` of this and of the derivative before (for 0, as for 1), which SiLU's derivative is made of."""
+    return logistic_terms(derivative), logistic_terms(derivative - 1)
 
 
 def silu(x: Tensor, derivative: int = 0) -> Tensor:
     """The d-th derivative of ``x * s(x)`` with ``s`` the logistic function: ``x s^(d) + d s^(d-1)`` (Leibniz)."""
     s = torch.sigmoid(x)
-    # s itself is not computed again: the backward pass on a GPU calls this with derivative 0, and every step is a kernel.
+    # The backward pass on a GPU calls this with derivative 0, and every step is a kernel: no product by 1.
+    slope = s * (1 - s) if derivative > 0 else s
     now, before = (
-        s if terms == LOGISTIC else sum(c * s**n for n, c in enumerate(terms)) for terms in silu_terms(derivative)
+        factor if terms == (1.0,) else factor * sum(c * s**n for n, c in enumerate(terms))
+        for terms, factor in zip(silu_terms(derivative), (slope, slope if derivative > 1 else s), strict=True)
     )
     # x s(x) is 0 * inf at -inf; its limit and all its derivatives vanish there.
     return torch.where(x == -torch.inf, torch.zeros_like(x), x * now) + derivative * before
