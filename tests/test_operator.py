@@ -210,6 +210,14 @@ def verify(function, case: Case, device: str) -> None:
         assert error <= limit, f"{name}: off by {error:.2e}, allowed {limit:.2e} (plain PyTorch {allowed[name]:.2e})"
 
 
+def verify_repeats(function, case: Case, device: str, times: int) -> None:
+    """Raises AssertionError unless ``times`` more runs give the same bits."""
+    first = measure(function, case, device)
+    for _ in range(times):
+        for name, t in measure(function, case, device).items():
+            assert torch.equal(t, first[name]), f"{name} differs from run to run"
+
+
 def on(route):
     return functools.partial(flash_kan, route=route)
 
@@ -236,8 +244,8 @@ SIZE_CASES = (
     Case(1100, 3, 3, 100),  # … and so few that they are summed up in shared memory
     Case(300, 3, 10, 1000),  # … by two programs for a feature
     Case(300, 3, 10, 100, x="one cell"),  # … by all warps, as one cell has all samples
+    Case(1, 66, 13, 1, 5, "crowd", base=False),  # … near the middle of functions of degree 5
 )
-SIZE_CASES += (Case(1, 66, 13, 1, 5, "crowd", base=False),)  # near the middle of a function of degree 5
 ORDER_CASES = tuple(Case(order=k, second=k == 3, grid_range=(0, 1)) for k in range(6))
 PLACE_CASES = (
     Case(63, x="one cell", second=True),
@@ -325,10 +333,7 @@ def test_output_buffers_hold_rubbish_before(case, route, device):
 def test_bit_identical_under_deterministic_algorithms(case, route, device, deterministic):
     """In this mode PyTorch also fills new memory with NaN, so a forgotten number shows too."""
     verify(on(route), case, device)
-    first = measure(on(route), case, device)
-    for _ in range(2):
-        for name, t in measure(on(route), case, device).items():
-            assert torch.equal(t, first[name]), f"{name} differs from run to run"
+    verify_repeats(on(route), case, device, times=2)
 
 
 def test_bit_identical_wherever_the_arrays_lie():

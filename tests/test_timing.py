@@ -168,16 +168,12 @@ def test_where_rows_are_written(tmp_path, monkeypatch):
     assert written == [timing_plots.TIMINGS, tmp_path]
 
 
-def test_a_wrong_layer_gets_no_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "jobs", lambda device, quick: [benchmark.Job("FlashKAN", "8-4", 5)])
-    monkeypatch.setattr(benchmark, "build", lambda *of: Wrong(8, 4, 5))
-    benchmark.run(tmp_path / "wrong.csv", "cpu")
-    assert timing_plots.read(tmp_path) == []
+RIGHT, WRONG = (benchmark.Job(name, "8-4", 5) for name in ("nn.Linear", "FlashKAN"))
 
 
-def test_one_wrong_layer_stops_those_it_takes_turns_with(tmp_path, monkeypatch):
-    plan = (benchmark.Job("nn.Linear", "8-4", 5), benchmark.Job("FlashKAN", "8-4", 5))
-    monkeypatch.setattr(benchmark, "jobs", lambda device, quick: [benchmark.InTurn(plan, rounds=2)])
+@pytest.mark.parametrize("job", (WRONG, benchmark.InTurn((RIGHT, WRONG), rounds=2)), ids=("alone", "in turn"))
+def test_a_wrong_layer_gets_no_row_nor_do_those_it_takes_turns_with(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "jobs", lambda device, quick: [job])
     build = benchmark.build
     monkeypatch.setattr(
         benchmark, "build", lambda name, *of: Wrong(8, 4, 5) if name == "FlashKAN" else build(name, *of)
