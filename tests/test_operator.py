@@ -12,6 +12,7 @@ import inspect
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import zlib
@@ -704,6 +705,28 @@ def test_compile_layer_and_optimizer_step(device):
     assert not torch.equal(before, layer.spline_weight)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # the compiler's own
+@pytest.mark.parametrize("mode", ("default", pytest.param("reduce-overhead", marks=[pytest.mark.gpu, no_cuda])))
+def test_compiled_by_the_default_compiler(mode):
+    """As people call it: layers among other operations, another batch size, and inputs that are not contiguous."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not (shutil.which("c++") or shutil.which("g++")):
+        pytest.skip("PyTorch's compiler needs a C++ compiler here")
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(FlashKAN(40, 24, 20), nn.Tanh(), FlashKAN(24, 7, 60)).to(device)
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    for x in (torch.rand(50, 40), torch.rand(50, 40), torch.rand(33, 40), torch.rand(40, 33).t(), torch.rand(2, 5, 40)):
+        x = (2 * x.to(device) - 1).requires_grad_()
+        leaves = [x, *model.parameters()]
+        got, needed = (
+            [t.clone() for t in (y, *torch.autograd.grad(y.square().sum(), leaves))]
+            for y in (f(x) for f in (compiled, model))
+        )
+        for a, b in zip(got, needed, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace", "ignore::torch.jit.TracerWarning")
 def test_trace(device):
     """``torch.jit.trace`` is going out of use, but people have it."""
@@ -1023,6 +1046,15 @@ def test_no_synchronisation_and_cuda_graph_capture(route):
         graph.replay()
         for name, a, b in zip(("y", "d/dx", "d/dweight", "d/dbase"), captured, step(), strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-4), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize("case", (Case(), Case(63, 17, 10, 100), Case(63, 17, 63, 50), Case(300, 17, 63, 12)))
+def test_on_a_gpu_that_is_not_the_current_one(case, route):
+    for device in ("cuda:0", "cuda:1", "cuda:0"):  # what is kept for one GPU must not be used on another
+        verify(on(route), case, device)
+        assert torch.cuda.current_device() == 0
 
 
 # (B, I, O, G): beyond 2 ** 31 numbers in the coefficients, then in B * I * O. The small one shows that the test works.

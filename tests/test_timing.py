@@ -92,7 +92,9 @@ def test_counts_of_the_local_layer_do_not_depend_on_the_grid():
     assert many["forward"][1] == 10 * few["forward"][1]
 
 
-@pytest.mark.parametrize("name", ("nn.Linear", "MLP", "FlashKAN", "FlashKAN local", "FlashKAN dense", "KANLinear"))
+@pytest.mark.parametrize(
+    "name", ("nn.Linear", "MLP", "FlashKAN", "FlashKAN local", "FlashKAN dense", "KANLinear", "embedding_bag")
+)
 def test_the_gate_lets_right_layers_pass(name, inputs):
     layer = benchmark.build(name, 8, 4, 20)
     assert benchmark.check(layer, inputs) < 1e-5
@@ -122,6 +124,42 @@ class Forgetful(FlashKAN):
 def test_the_gate_looks_at_samples_that_share_weights():
     with pytest.raises(AssertionError, match="weight is off by"):
         benchmark.check(Forgetful(784, 10, 1000), (torch.rand(40, 784) * 2 - 1).requires_grad_())
+
+
+def test_embedding_bag_is_a_layer_of_degree_1(inputs):
+    """The same function as FlashKAN of degree 1 from end to end of the grid, once weights are put where each has them."""
+    bag, flash = benchmark.build("embedding_bag", 8, 4, 20), FlashKAN(8, 4, 20, spline_order=1)
+    with torch.no_grad():
+        flash.spline_weight.copy_(bag.spline_weight.view(8, 21, 4))
+        flash.base_weight.copy_(bag.base_weight.t())
+    torch.testing.assert_close(bag(inputs), flash(inputs), atol=1e-5, rtol=0)
+
+
+PUBLISHED = """
+import torch
+
+
+class FastKANLayer(torch.nn.Linear):
+    def __init__(self, features, outputs, low, high, num_grids):
+        super().__init__(features, outputs)
+        self.grid = torch.nn.Parameter(torch.linspace(low, high, num_grids), requires_grad=False)
+"""
+
+
+def test_layers_of_other_projects_are_measured_where_they_are_installed(tmp_path, monkeypatch, capsys):
+    plan = [benchmark.Job(name, "8-4", 5) for name in ("fast-kan", "inkan")]
+    monkeypatch.setattr(benchmark, "jobs", lambda device, quick: plan)
+    monkeypatch.setattr(benchmark.peers, "missing", lambda name: "" if name == "fast-kan" else name)
+    (tmp_path / "fastkan.py").write_text(PUBLISHED)
+    monkeypatch.syspath_prepend(tmp_path)
+    benchmark.run(tmp_path / "peers.csv", "cpu")
+    assert [(row["layer"], row["pass"]) for row in timing_plots.read(tmp_path)] == [("fast-kan", "forward+backward")]
+    assert "left out: inkan is not installed, see layers/flash/peers.py" in capsys.readouterr().out
+
+
+def test_what_is_missing_is_said_by_its_name(monkeypatch):
+    monkeypatch.setattr(benchmark.peers.importlib.util, "find_spec", lambda package: None)
+    assert benchmark.peers.missing("efficient-kan compiled") == "efficient_kan"
 
 
 def test_an_mlp_has_about_as_many_weights():

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from layers import FlashKAN, KANLinear, Regular_KAN
-from layers.flash import flash_kan, reference
+from layers.flash import flash_kan, peers, reference
 from layers.kan_layer import KANLayer
 from layers.tutorial import timing
 
@@ -32,6 +32,7 @@ FIELDS = (
 )
 GRIDS = (5, 10, 20, 50, 100, 200, 500, 1000)
 CPU_GRIDS = (5, 10, 100, 500)
+PEER_GRIDS = {"784-10": (5, 10, 100, 500), "512-512": (5, 20, 100, 500)}  # layers of other projects
 SHAPES = {
     "784-10": (200, 784, 10),
     "512-512": (1024, 512, 512),
@@ -97,6 +98,8 @@ def jobs(device: str, quick: bool = False) -> Iterator[Job | InTurn]:
     yield from (Job("KANLinear compiled", "512-512", G) for G in some)
     yield from (Job("MLP", "784-10", G) for G in GRIDS)
     yield from (Job("MLP", "512-512", G) for G in (5, 20, 100))
+    for shape, grids in PEER_GRIDS.items():
+        yield from (Job(name, shape, G) for name in peers.NAMES for G in grids)
     yield from (Job(name, "8-4", 5) for name in (*main, "Regular_KAN"))
     if quick:
         return
@@ -132,6 +135,8 @@ def build(name: str, features: int, outputs: int, size: int, device: str = "cpu"
         hidden = hidden_units(features, outputs, size)
         parts = nn.Linear(features, hidden, device=device), nn.SiLU(), nn.Linear(hidden, outputs, device=device)
         return nn.Sequential(*parts)
+    if name in peers.NAMES:
+        return peers.build(name, features, outputs, size, device)
     kinds = {"FlashKAN": FlashKAN, "KANLinear": KANLinear, "Regular_KAN": Regular_KAN}
     name, _, how = name.partition(" ")
     kind = Routed if how in ("local", "dense") else kinds[name]
@@ -146,6 +151,8 @@ def reason_to_skip(job: Job | InTurn, device: str) -> str:
     """Why a job does not fit this device, or an empty string."""
     if isinstance(job, InTurn):
         return next((reason for one in job.jobs if (reason := reason_to_skip(one, device))), "")
+    if job.layer in peers.NAMES and (package := peers.missing(job.layer)):
+        return f"{package} is not installed, see layers/flash/peers.py"
     samples, features, outputs = SHAPES[job.shape]
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else 2**33
     rows = job.size + 3
@@ -180,12 +187,12 @@ def check(layer: nn.Module, x: Tensor, tf32: bool = False) -> float:
     the gradient that comes back is zero but for the first samples, so that it needs only these.
     """
     plain = getattr(layer, "_orig_mod", layer)  # torch.compile wraps
-    names = ["x", *(name for name, _ in plain.named_parameters())]
+    names = ["x", *(name for name, weight in plain.named_parameters() if weight.requires_grad)]
     y = layer(x)
     few = max(1, CHECKED // (x.shape[1] * y.shape[1]))
     grad = torch.zeros_like(y)
     grad[:few] = torch.randn(y[:few].shape, device=y.device).to(y.dtype)
-    slopes = torch.autograd.grad(y, (x, *plain.parameters()), grad)
+    slopes = torch.autograd.grad(y, (x, *trained(plain)), grad)
     if slopes[0][few:].any():
         raise AssertionError("the gradient of x: samples that were not asked for have one")
     size, dtype = getattr(plain, "grid_size", 1), next(plain.parameters()).dtype
@@ -210,7 +217,12 @@ def in_float64(layer: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
         return [y, *reference.adjoint(grad, x, weight, base, None, *grid, 1, 0)]
     model, x = copy.deepcopy(layer).double(), x.requires_grad_()
     y = model(x)
-    return [y, *torch.autograd.grad(y, (x, *model.parameters()), grad)]
+    return [y, *torch.autograd.grad(y, (x, *trained(model)), grad)]
+
+
+def trained(layer: nn.Module) -> list[Tensor]:
+    """The parameters that have a gradient."""
+    return [weight for weight in layer.parameters() if weight.requires_grad]
 
 
 def calls(layer: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
@@ -218,7 +230,7 @@ def calls(layer: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
 
     ``+Adam`` moves the weights: measure it last.
     """
-    weights = list(layer.parameters())
+    weights = trained(layer)
     grad = torch.randn_like(layer(x).detach())
     adam = torch.optim.Adam(weights, lr=1e-3, fused=True, capturable=x.is_cuda)
 
@@ -277,9 +289,10 @@ def prepared(job: Job, device: str) -> tuple[nn.Module, Tensor, float]:
 def row(job: Job, name: str, mode: str, times: timing.Times, peak: float | None, error: float) -> dict:
     """A row of the file but for what is the same in all; ``name``: the pass."""
     samples, features, outputs = SHAPES[job.shape]
+    degree = peers.DEGREES.get(job.layer, 3)
     marks = {"median_us": times.median, "p20_us": times.low, "p80_us": times.high, "peak_mib": peak}
     return {
-        **{"layer": job.layer, "B": samples, "I": features, "O": outputs, "G": job.size, "k": 3},
+        **{"layer": job.layer, "B": samples, "I": features, "O": outputs, "G": job.size, "k": degree},
         **{"dtype": str(job.dtype)[6:], "tf32": job.tf32, "pass": name, "mode": mode},
         **{"checked": True, "error": f"{error:.1e}"},
         **{key: "" if value is None else f"{value:.2f}" for key, value in marks.items()},
@@ -298,6 +311,7 @@ def rows(job: Job | InTurn, device: str) -> Iterator[dict]:
         layer, x, error = prepared(job, device)
         # Without gradients a compiled layer would be compiled once more.
         passes = PASSES[1:] if job.layer.endswith("compiled") else PASSES
+        passes = PASSES[1:2] if job.layer in peers.NAMES else passes
         for name, mode, times, peak in measure(layer, x, passes):
             yield row(job, name, mode, times, peak, error)
 

@@ -165,9 +165,10 @@ def _logistic(x, s):
 
 
 @numba.njit(forceinline=True, fastmath=AS_WRITTEN, error_model="numpy")
-def _silu(x, s, scale, out, now, before, d):
-    """The d-th derivative of SiLU from ``s``, the logistic function of ``x``; ``now``, ``before``: ``silu_terms``."""
+def _silu(x, s, scale, out, terms, d):
+    """The d-th derivative of SiLU from ``s``, the logistic function of ``x``; ``terms``: ``silu_terms(d)``."""
     real = x.dtype.type
+    (now, steep), (before, steep_before) = terms
     for b in range(x.shape[0]):
         p, q, power = real(0), real(0), real(1)
         for n in range(len(now)):
@@ -176,8 +177,8 @@ def _silu(x, s, scale, out, now, before, d):
                 q = fma(real(before[n]), power, q)
             power *= s[b]
         slope = s[b] * (real(1) - s[b])
-        p *= slope if d > 0 else s[b]
-        q *= slope if d > 1 else s[b]
+        p *= slope if steep else s[b]
+        q *= slope if steep_before else s[b]
         out[b] = fma(real(d), q, real(0) if x[b] == -np.inf else x[b] * p)
     if scale.shape[0] > 0:
         for b in range(x.shape[0]):
@@ -243,7 +244,7 @@ def _apply(order: int, d: int, lanes: int, single: bool, base: bool, real):
     a feature are copied to where none does.
     """
     width, whole_line, made_of = order + 1, lanes * real(0).itemsize >= 64, VECTORS
-    now, before = silu_terms(d)
+    terms = silu_terms(d)
 
     @compiled(fastmath=AS_WRITTEN, error_model="numpy")
     def run(chunk, chunks, x, scale, weight, last_weight, base_rows, copies, lo, hi, inv_h, at_knots, outputs, row):
@@ -273,7 +274,7 @@ def _apply(order: int, d: int, lanes: int, single: bool, base: bool, real):
                 w, stride = near_weight, row
             if base:
                 _logistic(column, logistic)
-                _silu(column, logistic, s, act, now, before, d)
+                _silu(column, logistic, s, act, terms, d)
             overhang = _overhang(cells, size)
             for o in range(0, row, lanes):
                 base_row = load(base_rows, i * row + o, lanes) if base else load(y, o, lanes)
@@ -308,8 +309,7 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, lanes: int, single: bool, b
     width, whole_line, made_of = order + 1, lanes * real(0).itemsize >= 64, VECTORS
     slope_d, value_d = max(dot_d, 0), max(scatter_d, 0)
     inside = max(lanes // 2, 1) if single else lanes  # numbers of a vector that no row is shorter than
-    slope_now, slope_before = silu_terms(slope_d)
-    value_now, value_before = silu_terms(value_d)
+    slope_terms, value_terms = silu_terms(slope_d), silu_terms(value_d)
 
     @compiled(fastmath=AS_WRITTEN, error_model="numpy")
     def run(
@@ -347,7 +347,7 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, lanes: int, single: bool, b
                 s = scales[i - first_feature]
                 _basis(column, f, s, inv_h, values, order, value_d)
                 if base:
-                    _silu(column, logistic, s, act, value_now, value_before, value_d)
+                    _silu(column, logistic, s, act, value_terms, value_d)
                 for start in range(0, max(samples, 1), piece):  # without samples, zeros
                     stop = min(start + piece, samples)
                     local[:] = real(0)
@@ -381,7 +381,7 @@ def _adjoint(order: int, dot_d: int, scatter_d: int, lanes: int, single: bool, b
             if dot_d >= 0:
                 _basis(column, f, none, inv_h, values, order, slope_d)
                 if base:
-                    _silu(column, logistic, none, act, slope_now, slope_before, slope_d)
+                    _silu(column, logistic, none, act, slope_terms, slope_d)
                 base_row = load(base_rows, i * row, lanes) if base else load(nothing, 0, lanes)
                 for b in range(samples):
                     c, sums = np.int64(cells[b]), load(nothing, 0, lanes)

@@ -39,19 +39,22 @@ def logistic_terms(derivative: int) -> tuple[float, ...]:
     return terms
 
 
-def silu_terms(derivative: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """``logistic_terms`` of this and of the derivative before (for 0, as for 1), which SiLU's derivative is made of."""
-    return logistic_terms(derivative), logistic_terms(derivative - 1)
+def silu_terms(derivative: int) -> tuple[tuple[tuple[float, ...], bool], tuple[tuple[float, ...], bool]]:
+    """``logistic_terms`` of this and of the derivative before, which SiLU's derivative is made of.
+
+    With each, whether it is to be multiplied by ``s (1 - s)``, or by ``s`` (the logistic function itself, not derived).
+    """
+    return (logistic_terms(derivative), derivative > 0), (logistic_terms(derivative - 1), derivative > 1)
 
 
 def silu(x: Tensor, derivative: int = 0) -> Tensor:
     """The d-th derivative of ``x * s(x)`` with ``s`` the logistic function: ``x s^(d) + d s^(d-1)`` (Leibniz)."""
     s = torch.sigmoid(x)
-    # The backward pass on a GPU calls this with derivative 0, and every step is a kernel: no product by 1.
     slope = s * (1 - s) if derivative > 0 else s
+    # The backward pass on a GPU calls this with derivative 0, and every step is a kernel: no product by 1.
     now, before = (
         factor if terms == (1.0,) else factor * sum(c * s**n for n, c in enumerate(terms))
-        for terms, factor in zip(silu_terms(derivative), (slope, slope if derivative > 1 else s), strict=True)
+        for terms, factor in ((terms, slope if steep else s) for terms, steep in silu_terms(derivative))
     )
     # x s(x) is 0 * inf at -inf; its limit and all its derivatives vanish there.
     return torch.where(x == -torch.inf, torch.zeros_like(x), x * now) + derivative * before

@@ -1,0 +1,96 @@
+"""What else makes layers of curves, for :mod:`layers.flash.benchmark`: layers of other projects, where they are installed.
+
+    pip install inkan torchcurves git+https://github.com/ZiyaoLi/fast-kan git+https://github.com/Blealtan/efficient-kan
+
+Each comes as its project publishes it, with its own base branch, norm or bias if it has one, ``G + 3`` functions for
+an input, cubic unless said otherwise, on a grid from -1 to 1. They compute other functions than :class:`FlashKAN`, so
+each is checked against itself in float64.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class EmbeddingBag(nn.Module):
+    """Degree 1 by an operator that PyTorch has: a window is two rows of weights, a bag holds those of one sample.
+
+    (B, I) to (B, O), with a base branch; inputs outside (-1, 1) are moved to the end that they are beyond.
+    """
+
+    def __init__(self, features: int, outputs: int, size: int) -> None:
+        super().__init__()
+        self.grid_size = size
+        self.spline_weight = nn.Parameter(torch.randn(features * (size + 1), outputs) * 0.1)
+        self.base_weight = nn.Parameter(torch.randn(outputs, features) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = (x.clamp(-1, 1) + 1) * (self.grid_size / 2)
+        cell = u.detach().floor().clamp(max=self.grid_size - 1)
+        share = u - cell
+        row = cell.long() + torch.arange(x.shape[1], device=x.device) * (self.grid_size + 1)  # Shape: (B, I)
+        rows, values = torch.cat([row, row + 1], 1), torch.cat([1 - share, share], 1)
+        y = F.embedding_bag(rows, self.spline_weight, per_sample_weights=values, mode="sum")
+        return y + F.linear(F.silu(x), self.base_weight)
+
+
+def _efficient_kan(features: int, outputs: int, size: int) -> nn.Module:
+    published = importlib.import_module("efficient_kan").KANLinear
+
+    class KANLinear(published):
+        def reset_parameters(self) -> None:  # its own solves a system for each input, which takes minutes here
+            for weight in self.parameters():
+                nn.init.normal_(weight, std=0.1)
+
+    return KANLinear(features, outputs, grid_size=size)
+
+
+def _fast_kan(features: int, outputs: int, size: int) -> nn.Module:
+    return importlib.import_module("fastkan").FastKANLayer(features, outputs, -1.0, 1.0, num_grids=size + 3)
+
+
+def _inkan(features: int, outputs: int, size: int, **how: str) -> nn.Module:
+    return importlib.import_module("inkan").KANLayer(features, outputs, grid_size=size, **how)
+
+
+def _inkan_dense(features: int, outputs: int, size: int) -> nn.Module:
+    return _inkan(features, outputs, size, basis_mode="dense", contraction="dense")
+
+
+def _torchcurves(features: int, outputs: int, size: int) -> nn.Module:
+    modules = importlib.import_module("torchcurves.modules")
+    return nn.Sequential(modules.BSplineCurve(features, outputs, knots_config=size + 3), modules.Sum())
+
+
+# The name in the file: what must be installed, what makes the layer, whether it is compiled as well.
+_PEERS = {
+    "efficient-kan": ("efficient_kan", _efficient_kan, False),
+    "efficient-kan compiled": ("efficient_kan", _efficient_kan, True),
+    "fast-kan": ("fastkan", _fast_kan, False),
+    "fast-kan compiled": ("fastkan", _fast_kan, True),
+    "inkan": ("inkan", _inkan, False),  # compiles its basis functions itself
+    "inkan dense": ("inkan", _inkan_dense, False),
+    "torchcurves": ("torchcurves", _torchcurves, False),
+    "embedding_bag": ("torch", EmbeddingBag, False),
+}
+NAMES = tuple(_PEERS)
+DEGREES = {"embedding_bag": 1}  # all others are cubic, or meant in place of cubic ones
+
+
+def missing(name: str) -> str:
+    """The package that this layer needs and that is not installed, or an empty string."""
+    package = _PEERS[name][0]
+    return "" if importlib.util.find_spec(package) else package
+
+
+def build(name: str, features: int, outputs: int, size: int, device: str = "cpu") -> nn.Module:
+    """A layer by its name in the file, with float32 weights on ``device``; ``ModuleNotFoundError`` if it is missing."""
+    _, make, compiled = _PEERS[name]
+    layer = make(features, outputs, size).to(device)
+    layer.grid_size = size  # which says how exact float32 can be
+    return torch.compile(layer, dynamic=False) if compiled else layer
