@@ -150,7 +150,21 @@ def test_a_walk_takes_no_more_samples_than_a_sum_stays_exact_for():
     from layers.flash import gpu_walk
 
     for samples, features, outputs, stretches in ((4096, 1024, 1024, 1), (8192, 256, 256, 8), (60_000, 784, 64, 15)):
-        assert gpu_walk.walk_shape(samples, features, 103, outputs, 3, False, 132).stretches == stretches
+        assert gpu_walk.walk_shape(samples, features, 103, outputs, 3, False, False, 132).stretches == stretches
+
+
+def test_rounds_of_programs_are_full():
+    """A round that is nearly empty takes as long as a full one: 1.1 rounds take as long as 2, and 8.8 of an eighth as long as 9."""
+    pytest.importorskip("triton")
+    from layers.flash.gpu_walk import walk_shape
+    from layers.flash.launch import fewest_parts
+
+    for programs, together, most, parts in ((64, 396, 32, 6), (110, 100, 16, 8), (1, 100, 16, 16), (500, 100, 16, 1)):
+        assert fewest_parts(programs, together, most, 1.03) == parts, (programs, together)
+    assert fewest_parts(10, 100, 0, 1.03) == 1, "what cannot be cut stays whole"
+    # As many walks as run at once; cut in four where a fourth of the GPU would be idle, if each is long enough.
+    for samples, features, stretches in ((1024, 512, 2), (1024, 784, 4), (256, 784, 1)):
+        assert walk_shape(samples, features, 103, 512, 3, False, False, 132).stretches == stretches
 
 
 @pytest.mark.parametrize("count", (1, 300, 2**16 * 256, 2**28))
@@ -166,11 +180,11 @@ def test_no_axis_of_a_grid_is_longer_than_cuda_allows(count):
 def test_no_part_of_a_sum_over_features_is_empty():
     """A program without features would read beyond the windows of the last one."""
     pytest.importorskip("triton")
-    from layers.flash.gpu_many import many_tile
+    from layers.flash.gpu_many import fit
 
     for features in range(1, 1200):
         for samples, outputs, rows in ((1, 33, 8), (300, 64, 50), (1024, 512, 1003), (5, 700, 300)):
-            split = many_tile(samples, features, rows, outputs, False, 132)[3]
+            _, split = fit(samples, features, rows, outputs, 3, False, False, 132)
             step = -(-features // split)
             assert (split - 1) * step < features <= split * step, (features, samples, outputs, rows)
 

@@ -1049,6 +1049,29 @@ def test_no_synchronisation_and_cuda_graph_capture(route):
 
 
 @pytest.mark.gpu
+@no_cuda
+@pytest.mark.parametrize(
+    "case",
+    (
+        Case(1536, 5, 128, 60),
+        Case(1536, 5, 128, 60, order=2, base=False),
+        Case(1536, 5, 128, 420, weight_dtype=torch.bfloat16),
+        Case(1536, 5, 128, 420, weight_dtype=torch.float16),
+    ),
+    ids=str,
+)
+def test_tiles_with_few_registers(case, monkeypatch):
+    """Large layers have them; a GPU of eight multiprocessors would have them for these, too."""
+    from layers.flash import gpu_many
+
+    monkeypatch.setattr(gpu_many, "multiprocessors", lambda _: 8)
+    narrow = case.weight_dtype is not None
+    shape = case.batch, case.features, case.grid_size + case.order, case.outputs, case.order
+    assert gpu_many.fit(*shape, narrow, False, 8)[0].registers
+    verify(on("local"), case, "cuda")
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 @pytest.mark.parametrize("case", (Case(), Case(63, 17, 10, 100), Case(63, 17, 63, 50), Case(300, 17, 63, 12)))
 def test_on_a_gpu_that_is_not_the_current_one(case, route):

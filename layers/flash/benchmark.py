@@ -216,8 +216,9 @@ def in_float64(layer: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
         y = reference.apply(x, weight, base, None, *grid, 0)
         return [y, *reference.adjoint(grad, x, weight, base, None, *grid, 1, 0)]
     model, x = copy.deepcopy(layer).double(), x.requires_grad_()
-    y = model(x)
-    return [y, *torch.autograd.grad(y, (x, *trained(model)), grad)]
+    with torch.compiler.set_stance("force_eager"):  # what a layer compiles inside would be compiled once more
+        y = model(x)
+        return [y, *torch.autograd.grad(y, (x, *trained(model)), grad)]
 
 
 def trained(layer: nn.Module) -> list[Tensor]:

@@ -53,7 +53,7 @@ LIMITS = {
     "bfloat16": BFLOAT16,
     "float16": BFLOAT16._replace(backward=63, wide_backward=98),  # gradients are brought into its range
     "tf32": Limits(19, 3, 80, 33, 33),
-    "parts": Limits(14, 7, 49, 28, 24, 700),  # float32 in two parts, see gpu_parts.py
+    "parts": Limits(14, 7, 47, 28, 24, 700),  # float32 in two parts, see gpu_parts.py
     "float32": Limits(8, 32, 16, 10, 10),
 }
 BASIS_BYTES = 2**30  # of all basis values of a batch; more memory is not worth the time

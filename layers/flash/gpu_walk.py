@@ -20,6 +20,7 @@ from layers.flash.launch import (
     ceil_div,
     divisor,
     dtypes,
+    fewest_parts,
     multiprocessors,
     power_of_2,
     remembered,
@@ -29,7 +30,9 @@ from layers.flash.reference import compute_dtype
 
 NARROW_GRAD = 700  # rows from which a gradient in bfloat16 is worth the conversion, as the walk waits for memory
 FETCHED = 0 if INTERPRETED or torch.version.hip else 3  # rows ahead that are brought to the cache, in PTX
-STEPS = 32  # samples and cells that are worth a program of their own in the walk
+STEPS = 32  # samples and cells that are worth a program of their own in the walk, where it could not run otherwise
+LONG = 200  # that are, where it makes rounds of programs full
+WASTE = 1.15  # times as long as the best number of stretches takes, by rounds: each stretch begins with a window
 LONGEST = 4096  # samples, the most that one takes: longer sums are less exact than sums of their pieces
 
 
@@ -44,17 +47,21 @@ class Walk(NamedTuple):
     far: bool
 
 
-def walk_shape(samples: int, features: int, rows: int, outputs: int, order: int, wide: bool, processors: int) -> Walk:
-    """As many programs as run at the same time, and no more: where registers are the limit, 8 a multiprocessor with 512
-    outputs, 16 with 256, 24 with fewer.
+def walk_shape(
+    samples: int, features: int, rows: int, outputs: int, order: int, narrow: bool, wide: bool, processors: int
+) -> Walk:
+    """As many programs as run at the same time, or rounds that are full: where registers are the limit, 8 a multiprocessor
+    with 512 outputs, 16 with 256, 24 with fewer. ``narrow``: weights of two bytes; ``wide``: sums in float64.
     """
     block = min(power_of_2(outputs), 128 if wide or order > 3 else 512)
     together = processors * min(8 * (512 // block), 24)
     steps = samples + rows + order + 2  # cells that samples outside are sorted into lie on both sides of the rows
-    wanted = together // (features * ceil_div(outputs, block))
-    wanted = min(wanted, steps // STEPS, math.isqrt(steps))  # carries are added one after the other
-    stretches = max(wanted, ceil_div(samples, LONGEST))
-    registers = 128 if block == 256 and order <= 3 and not wide else None
+    programs, most = features * ceil_div(outputs, block), math.isqrt(steps)  # carries are added one after the other
+    one_round = min(together // programs, steps // STEPS, most)
+    full_rounds = fewest_parts(programs, together, min(steps // LONG, most), WASTE)
+    stretches = max(one_round, full_rounds, ceil_div(samples, LONGEST))
+    # Fewer than the compiler takes: 16 a multiprocessor with 256 outputs; with 512, narrow weights, other code, 2 % faster.
+    registers = {256: 128, 512: 240 if narrow else None}.get(block) if order <= 3 and not wide else None
     return Walk(block, stretches, ceil_div(steps, stretches), registers, block == 512)
 
 
@@ -84,7 +91,8 @@ def _backward(
     """The launches, the walk's shape, and the dtype of the keys."""
     (samples, features, rows), (_, _, x_dtype, weight_dtype, base, scale) = shape, kinds
     wide, size, step = torch.float64 in (x_dtype, weight_dtype), rows - order, unit(outputs)
-    walk = walk_shape(samples, features, rows, outputs, order, wide, processors)
+    narrow = weight_dtype.itemsize == 2
+    walk = walk_shape(samples, features, rows, outputs, order, narrow, wide, processors)
     cut, cut_up = (walk.each, walk.stretches), walk.stretches > 1 and scatter_d >= 0
     bits, key_dtype = gpu_sort.key_format(samples, size, order)
     has_base, scaled, inv_h = base is not None, scale is not None, size / (hi - lo)
@@ -96,7 +104,7 @@ def _backward(
     constants = {"ORDER": order, "DOT_D": dot_d, "SCATTER_D": scatter_d} | sums | {"SCALED": scaled, "BASE": has_base}
     constants |= {"BITS": bits, "UNIT": step, "BO": walk.block, "WHOLE": outputs % walk.block == 0}
     neighbours = divisor(outputs, 16 // weight_dtype.itemsize)
-    apart = {"APART": cut_up and weight_dtype.itemsize == 2}
+    apart = {"APART": cut_up and narrow}
     constants |= apart | {"FAR": walk.far, "FETCH": FETCHED, "FOLD": neighbours if walk.block >= 256 else 0}
     numbers = (samples, features, outputs // step, size, *cut, inv_h)
     grid = (features, walk.stretches, ceil_div(outputs, walk.block))

@@ -106,6 +106,16 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def fewest_parts(programs: int, together: int, most: int, waste: float) -> int:
+    """Into how many parts work is cut so that the GPU is busy: ``programs`` for each part, ``together`` at a time.
+
+    The last of these rounds may be nearly empty. Of 1 to ``most`` (at least 1) the fewest parts with which rounds take at
+    most ``waste`` times as long as with the best number.
+    """
+    times = [ceil_div(programs * parts, together) / parts for parts in range(1, max(most, 1) + 1)]
+    return next(parts for parts, time in enumerate(times, 1) if time <= waste * min(times))
+
+
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least ``n``."""
     return 1 << max(n - 1, 0).bit_length()

@@ -27,6 +27,16 @@ LOOKS = {
     "FlashKAN dense": {"color": PURPLE, "marker": "D"},
     "FlashKAN local": {"color": BLUE, "marker": "o", "ls": ":", "mfc": "white"},
 }
+OTHERS = {  # layers of other projects
+    "efficient-kan": {"color": VERMILION, "marker": "s", "ls": ":"},
+    "efficient-kan compiled": {"color": VERMILION, "marker": "s", "ls": "--", "mfc": "white"},
+    "fast-kan": {"color": PURPLE, "marker": "D", "ls": ":"},
+    "fast-kan compiled": {"color": PURPLE, "marker": "D", "ls": "--", "mfc": "white"},
+    "inkan": {"color": GREEN, "marker": "^"},
+    "inkan dense": {"color": GREEN, "marker": "^", "ls": "--", "mfc": "white"},
+    "torchcurves": {"color": INK, "marker": "x"},
+    "embedding_bag": {"color": GREY, "marker": "v"},
+}
 PART_COLOURS = {"loader": PALE, "forward": BLUE, "backward": GREEN, "optimiser": VERMILION}
 Shape = tuple[int, int, int]
 
@@ -90,7 +100,13 @@ def _log(value: float) -> float:
     return max(math.log(value), 1e-12)
 
 
-def against_grid(rows: Sequence[dict], shapes: Sequence[Shape], what: str = "median_us", title: str = "") -> None:
+def against_grid(
+    rows: Sequence[dict],
+    shapes: Sequence[Shape],
+    what: str = "median_us",
+    title: str = "",
+    names: Sequence[str] = tuple(LOOKS),
+) -> None:
     """Draws a value against G on logarithmic axes, one panel a shape, with the band from 20 to 80 %.
 
     Args:
@@ -98,22 +114,23 @@ def against_grid(rows: Sequence[dict], shapes: Sequence[Shape], what: str = "med
         shapes: one panel each, (B, I, O).
         what: the column, "median_us" (a ring marks where FlashKAN crosses another line) or "peak_mib".
         title: above the panels.
+        names: layers that are drawn if they have rows, in this order; default all but those of other projects.
     """
     axes = _figure(3.7, 1, len(shapes), squeeze=False)[0]
-    names = [name for name in LOOKS if any(row["layer"] == name for row in rows)]
+    names, looks = [name for name in names if any(row["layer"] == name for row in rows)], LOOKS | OTHERS
     for ax, shape in zip(axes, shapes, strict=True):
-        lines = series(select(rows, shape), what)
+        lines = series((row for row in select(rows, shape) if row["layer"] in names), what)
         for name in names:
             points = lines.get(name)
             if points is None:
                 continue
             if name == "nn.Linear":
-                ax.axhline(next(iter(points.values())), label=name, **LOOKS[name])
+                ax.axhline(next(iter(points.values())), label=name, **looks[name])
                 continue
-            ax.plot(points.keys(), points.values(), ms=5, label=name, **LOOKS[name])
+            ax.plot(points.keys(), points.values(), ms=5, label=name, **looks[name])
             if what == "median_us":
                 low, high = (series(select(rows, shape, layer=name), mark_)[name] for mark_ in ("p20_us", "p80_us"))
-                color = LOOKS[name]["color"]
+                color = looks[name]["color"]
                 ax.fill_between(low.keys(), low.values(), high.values(), color=color, alpha=0.15, lw=0)
         if what == "median_us":
             _rings(ax, lines)
