@@ -3,7 +3,8 @@
 Every row is gated: before a layer is timed, its output and its gradients at this very shape are compared with float64
 (``layers/flash/reference.py``), for all samples of 784→10 and for as many of a wide layer that they share weights there,
 too; ``error`` is the largest relative error found. Rows are written as they come, the most important first, so a run
-that is stopped keeps what it measured. Times are medians in microseconds with their 20 and 80 % marks.
+that is stopped keeps what it measured. Times are medians in microseconds with their 20 and 80 % marks. On a GPU layers of
+other projects are measured, too, where they are installed: ``peers.py``.
 """
 
 from __future__ import annotations
