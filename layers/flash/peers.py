@@ -4,8 +4,7 @@
 
 Each comes as its project publishes it, with its own base branch, norm or bias if it has one, ``G + 3`` functions for
 an input, cubic unless said otherwise, on a grid from -1 to 1. They compute other functions than :class:`FlashKAN`, so
-each is checked against itself in float64. FusionKAN, which needs a
-CUDA compiler, is not among them.
+each is checked against itself in float64. FusionKAN, which needs a CUDA compiler, is not among them.
 """
 
 from __future__ import annotations
