@@ -29,6 +29,8 @@ CALLS = [  # B, I, O, G, the dtype of the weights, and what they meet
     (256, 64, 64, 20, torch.float32),  # the walk
     (512, 64, 512, 300, torch.bfloat16),
     (1100, 8, 64, 20, torch.float32),  # more samples than a program sorts
+    (1536, 64, 512, 20, torch.float32),  # tiles that have to do with fewer registers
+    (1536, 64, 512, 450, torch.bfloat16),
 ]
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes for a program
 
@@ -75,7 +77,8 @@ def launches(tiles: list[gpu_tiles.Tile]) -> Iterator[tuple[Launch, tuple, tuple
         triton_adam.update(one, one, one, one, torch.zeros((), dtype=torch.float64), 0.1, (0.9, 0.999), 1e-8)
     seen = set()
     for launch, tensors, numbers in made:
-        kind = (launch.kernel.fn.__name__, *launch.constants.values(), *[t.dtype for t in tensors])
+        how = *launch.constants.values(), *launch.options.values()
+        kind = (launch.kernel.fn.__name__, *how, *[t.dtype for t in tensors])
         if kind not in seen:
             seen.add(kind)
             yield launch, tensors, numbers

@@ -108,6 +108,7 @@ def test_the_route_that_was_measured_to_be_faster(dtype, outputs, size, dense):
 
     weight = torch.empty(4, size + 3, outputs, dtype=dtype)
     assert dispatch._dense_wins(torch.empty(1024, 4), weight, backward=True) is dense
+    assert dispatch.dense_wins(1024, 47, 512, "parts", False) and not dispatch.dense_wins(1024, 48, 512, "parts", False)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_a_walk_takes_no_more_samples_than_a_sum_stays_exact_for():
 
 
 def test_rounds_of_programs_are_full():
-    """A round that is nearly empty takes as long as a full one: 1.1 rounds take as long as 2, and 8.8 of an eighth as long as 9."""
+    """A round that is nearly empty takes as long as a full one: 1.1 rounds as long as 2, and 8.8 of an eighth as 9."""
     pytest.importorskip("triton")
     from layers.flash.gpu_walk import walk_shape
     from layers.flash.launch import fewest_parts
@@ -165,6 +166,40 @@ def test_rounds_of_programs_are_full():
     # As many walks as run at once; cut in four where a fourth of the GPU would be idle, if each is long enough.
     for samples, features, stretches in ((1024, 512, 2), (1024, 784, 4), (256, 784, 1)):
         assert walk_shape(samples, features, 103, 512, 3, False, False, 132).stretches == stretches
+
+
+F32, NARROW, WIDE = (False, False), (True, False), (False, True)
+
+
+@pytest.mark.parametrize(
+    "layer, kind, height, registers, parts",  # layer: B, I, R, O, k; height: samples of a tile
+    (
+        ((1024, 512, 103, 512, 3), F32, 128, 168, 6),
+        ((1024, 512, 503, 512, 3), F32, 128, None, 4),
+        ((1024, 512, 1003, 512, 3), F32, 256, None, 4),
+        ((1024, 512, 503, 512, 3), NARROW, 64, 168, 6),
+        ((1024, 512, 103, 512, 3), NARROW, 32, None, 6),
+        ((1024, 512, 103, 512, 3), WIDE, 64, None, 4),
+        ((1024, 512, 103, 512, 1), F32, 64, None, 4),
+        ((512, 512, 103, 512, 3), F32, 64, None, 8),
+        ((1100, 256, 103, 128, 3), F32, 64, None, 14),  # tall tiles would leave a fourth of the GPU idle
+        ((4096, 1024, 103, 1024, 3), F32, 128, 168, 3),  # ten parts would be a little faster, and take 168 MB
+    ),
+)
+def test_the_tiles_that_were_measured(layer, kind, height, registers, parts):
+    pytest.importorskip("triton")
+    from layers.flash.gpu_many import fit
+
+    tile, split = fit(*layer, *kind, 132)
+    assert (tile.samples, tile.registers, split) == (height, registers, parts)
+
+
+def test_the_registers_of_a_walk():
+    pytest.importorskip("triton")
+    from layers.flash.gpu_walk import walk_shape
+
+    for outputs, kind, registers in ((512, F32, None), (512, NARROW, 240), (256, F32, 128), (256, WIDE, None)):
+        assert walk_shape(1024, 512, 103, outputs, 3, *kind, 132).registers == registers, (outputs, kind)
 
 
 @pytest.mark.parametrize("count", (1, 300, 2**16 * 256, 2**28))
@@ -183,10 +218,11 @@ def test_no_part_of_a_sum_over_features_is_empty():
     from layers.flash.gpu_many import fit
 
     for features in range(1, 1200):
-        for samples, outputs, rows in ((1, 33, 8), (300, 64, 50), (1024, 512, 1003), (5, 700, 300)):
-            _, split = fit(samples, features, rows, outputs, 3, False, False, 132)
-            step = -(-features // split)
-            assert (split - 1) * step < features <= split * step, (features, samples, outputs, rows)
+        for samples, outputs, rows in ((1, 33, 8), (300, 64, 50), (1024, 512, 1003), (5, 700, 300), (1024, 512, 103)):
+            for narrow in (False, True):
+                _, split = fit(samples, features, rows, outputs, 3, narrow, False, 132)
+                step = -(-features // split)
+                assert (split - 1) * step < features <= split * step, (features, samples, outputs, rows)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The stopwatches and the benchmark: marks in order, an epoch that trains, a gate that stops wrong layers, whole rows."""
 
 import csv
+import sys
 import time
 
 import pytest
@@ -152,9 +153,19 @@ def test_layers_of_other_projects_are_measured_where_they_are_installed(tmp_path
     monkeypatch.setattr(benchmark.peers, "missing", lambda name: "" if name == "fast-kan" else name)
     (tmp_path / "fastkan.py").write_text(PUBLISHED)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "fastkan", None)  # what was imported before comes back after this test
+    del sys.modules["fastkan"]
     benchmark.run(tmp_path / "peers.csv", "cpu")
     assert [(row["layer"], row["pass"]) for row in timing_plots.read(tmp_path)] == [("fast-kan", "forward+backward")]
     assert "left out: inkan is not installed, see layers/flash/peers.py" in capsys.readouterr().out
+
+
+def test_the_sweep_of_a_gpu_has_all_of_them():
+    names = {job.layer for job in benchmark.jobs("cuda", quick=True) if isinstance(job, benchmark.Job)}
+    assert set(benchmark.peers.NAMES) == set(timing_plots.OTHERS) <= names
+    marks = timing.Times(2.0, 1.0, 3.0)
+    rows = [benchmark.row(benchmark.Job(name, "8-4", 5), "", "", marks, None, 0.0) for name in benchmark.peers.NAMES]
+    assert {row["layer"] for row in rows if row["k"] != 3} == {"embedding_bag"}
 
 
 def test_what_is_missing_is_said_by_its_name(monkeypatch):

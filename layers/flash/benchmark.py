@@ -223,7 +223,7 @@ def in_float64(layer: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
 
 
 def trained(layer: nn.Module) -> list[Tensor]:
-    """The parameters that have a gradient."""
+    """The parameters that training changes."""
     return [weight for weight in layer.parameters() if weight.requires_grad]
 
 
@@ -313,6 +313,7 @@ def rows(job: Job | InTurn, device: str) -> Iterator[dict]:
         layer, x, error = prepared(job, device)
         # Without gradients a compiled layer would be compiled once more.
         passes = PASSES[1:] if job.layer.endswith("compiled") else PASSES
+        # Compiling takes most of the time: of other projects' layers only what is compared.
         passes = PASSES[1:2] if job.layer in peers.NAMES else passes
         for name, mode, times, peak in measure(layer, x, passes):
             yield row(job, name, mode, times, peak, error)

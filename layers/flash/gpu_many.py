@@ -28,8 +28,8 @@ from layers.flash.launch import (
 from layers.flash.reference import compute_dtype
 
 MANY_ROWS = 400  # from which rows come from L2 rather than L1, and other tiles are the fastest
-REGISTERS = 168  # of a thread, where 12 warps run on a multiprocessor
-WASTE = 1.03  # times as long as the best number of parts takes, by rounds of programs
+REGISTERS = 168  # of a thread, so that 12 warps fit into the 65536 of a multiprocessor, which deals them out by 8
+WASTE = 1.03  # accepted: times as long as with the best number of parts, by rounds of programs
 FULL = 0.9  # of the GPU, from which a tile that is faster itself is worth more than one that fills it
 PARTS_BYTES = 2**26  # of what all parts give, before they are added up
 

@@ -30,9 +30,9 @@ from layers.flash.reference import compute_dtype
 
 NARROW_GRAD = 700  # rows from which a gradient in bfloat16 is worth the conversion, as the walk waits for memory
 FETCHED = 0 if INTERPRETED or torch.version.hip else 3  # rows ahead that are brought to the cache, in PTX
-STEPS = 32  # samples and cells that are worth a program of their own in the walk, where it could not run otherwise
-LONG = 200  # that are, where it makes rounds of programs full
-WASTE = 1.15  # times as long as the best number of stretches takes, by rounds: each stretch begins with a window
+STEPS = 32  # samples and cells that are worth a program of their own while fewer run than could
+LONG = 200  # samples and cells that are worth one where cutting fills the last round of programs
+WASTE = 1.15  # accepted: times as long as with the best number of stretches, by rounds, as each begins with a window
 LONGEST = 4096  # samples, the most that one takes: longer sums are less exact than sums of their pieces
 
 
@@ -60,7 +60,7 @@ def walk_shape(
     one_round = min(together // programs, steps // STEPS, most)
     full_rounds = fewest_parts(programs, together, min(steps // LONG, most), WASTE)
     stretches = max(one_round, full_rounds, ceil_div(samples, LONGEST))
-    # Fewer than the compiler takes: 16 a multiprocessor with 256 outputs; with 512, narrow weights, other code, 2 % faster.
+    # With 256 outputs twice as many programs run so. With 512 as many, but in bfloat16 2 % faster (float16: not timed).
     registers = {256: 128, 512: 240 if narrow else None}.get(block) if order <= 3 and not wide else None
     return Walk(block, stretches, ceil_div(steps, stretches), registers, block == 512)
 

@@ -1,10 +1,13 @@
-"""What else makes layers of curves, for :mod:`layers.flash.benchmark`: layers of other projects, where they are installed.
+"""KAN layers of other projects, where they are installed, for :mod:`layers.flash.benchmark` to time beside FlashKAN.
 
-    pip install inkan torchcurves git+https://github.com/ZiyaoLi/fast-kan git+https://github.com/Blealtan/efficient-kan
+    pip install inkan==0.5.2 torchcurves==0.3.3
+    pip install git+https://github.com/ZiyaoLi/fast-kan@1f88094
+    pip install --force-reinstall --no-deps git+https://github.com/Blealtan/efficient-kan@c26e27a
 
-Each comes as its project publishes it, with its own base branch, norm or bias if it has one, ``G + 3`` functions for
-an input, cubic unless said otherwise, on a grid from -1 to 1. They compute other functions than :class:`FlashKAN`, so
-each is checked against itself in float64. FusionKAN, which needs a CUDA compiler, is not among them.
+In this order: fast-kan brings a package ``efficient_kan`` of its own, which the last line replaces. Each comes as its project
+publishes it, with its own base branch, norm or bias if it has one, ``G + 3`` functions for an input, and a grid from -1
+to 1; EmbeddingBag is ours. They compute other functions than :class:`FlashKAN`, so each is checked against itself in
+float64. FusionKAN, which needs a CUDA compiler, is not among them.
 """
 
 from __future__ import annotations

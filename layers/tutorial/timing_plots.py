@@ -27,7 +27,7 @@ LOOKS = {
     "FlashKAN dense": {"color": PURPLE, "marker": "D"},
     "FlashKAN local": {"color": BLUE, "marker": "o", "ls": ":", "mfc": "white"},
 }
-OTHERS = {  # layers of other projects
+OTHERS = {  # those of layers/flash/peers.py
     "efficient-kan": {"color": VERMILION, "marker": "s", "ls": ":"},
     "efficient-kan compiled": {"color": VERMILION, "marker": "s", "ls": "--", "mfc": "white"},
     "fast-kan": {"color": PURPLE, "marker": "D", "ls": ":"},
@@ -112,7 +112,7 @@ def against_grid(
     Args:
         rows: already of one device, pass, mode and number format.
         shapes: one panel each, (B, I, O).
-        what: the column, "median_us" (a ring marks where FlashKAN crosses another line) or "peak_mib".
+        what: the column, "median_us" (a ring marks where FlashKAN crosses KANLinear, an MLP or nn.Linear) or "peak_mib".
         title: above the panels.
         names: layers that are drawn if they have rows, in this order; default all but those of other projects.
     """
