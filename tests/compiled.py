@@ -28,7 +28,8 @@ CALLS = [  # B, I, O, G, the dtype of the weights, and what they meet
     (2100, 512, 10, 5, torch.float32),  # sums in pieces
     (256, 64, 64, 20, torch.float32),  # the walk
     (512, 64, 512, 300, torch.bfloat16),
-    (1100, 8, 64, 20, torch.float32),  # more samples than a program sorts
+    (7000, 8, 64, 20, torch.float32),  # inputs are brought together before they are sorted
+    (12000, 8, 64, 20, torch.float32),  # more samples than a program sorts
     (1536, 64, 512, 20, torch.float32),  # tiles that have to do with fewer registers
     (1536, 64, 512, 450, torch.bfloat16),
 ]

@@ -60,6 +60,14 @@ PLANS = [  # of products: a program's tile, pieces of the sum, two of them side 
     (gpu_tiles.LARGE, 2, True),
     (gpu_tiles.NARROW, 1, False),
 ]
+ORDER_CASES = [  # B, I, G, k
+    (1, 2, 1, 0),
+    (70, 3, 5, 3),
+    (300, 2, 260, 2),
+    (1025, 2, 20, 3),
+    (2500, 1, 9, 3),
+    (7000, 2, 40, 5),  # inputs are not kept
+]
 PACKED_CASES = [  # I, G, k, with a scale, order of differentiation
     (8, 9, 3, False, 0),
     (24, 70, 3, True, 1),
@@ -71,16 +79,16 @@ PACKED_CASES = [  # I, G, k, with a scale, order of differentiation
 ]
 SETTINGS = [  # numbers that decide which kernel runs: with other ones small cases meet every kernel
     ([], CASES, WAYS),
-    ([(gpu_sort, "AT_ONCE", 8)], SOME, WAYS[:1]),  # keys sorted by torch
+    ([(gpu_sort, "HELD", 0)], SOME, WAYS[:1]),  # keys sorted by torch
     ([(gpu_few, "FEW_ROWS", 1)], FEW, WAYS),  # few outputs: sums in shared memory
     ([(gpu_few, "FEW_ROWS", 1), (gpu_sums, "HELD", 100)], FEW, WAYS[:2]),  # … of a feature by several programs
     (SORTED, SOME, WAYS[:2]),  # … sorted by a kernel before
-    ([*SORTED, (gpu_sort, "AT_ONCE", 8)], SOME, WAYS[:2]),  # … by torch
+    ([*SORTED, (gpu_sort, "HELD", 0)], SOME, WAYS[:2]),  # … by torch
     ([(gpu_few, "LONG", 8), (gpu_few, "CHUNK", 16), (gpu, "FEW_WORK", 0)], CASES[:4], WAYS),  # … sums in pieces
     ([*PRODUCTS, (gpu_few, "multiprocessors", lambda _: 1)], SOME, WAYS[:1]),  # … a program, many tiles
     ([(gpu_few, "adds", lambda *_: True), (gpu_few, "FEW_ROWS", 1)], CASES[:6:3], WAYS),  # few outputs: atomics
     ([(gpu_walk, "STEPS", 8), (gpu, "FEW_OUTPUTS", 0)], [*CASES, WIDE], WAYS),  # the walk, cut into many stretches
-    ([(gpu_walk, "STEPS", 8), (gpu_sort, "AT_ONCE", 8)], SOME, WAYS[:1]),  # many stretches, keys sorted by torch
+    ([(gpu_walk, "STEPS", 8), (gpu_sort, "HELD", 0)], SOME, WAYS[:1]),  # many stretches, keys sorted by torch
 ]
 
 
@@ -255,6 +263,27 @@ def carry_error() -> float:
     return relative(gpu_walk.adjoint(grad, *layer)[1], reference.adjoint(grad, *layer)[1].double())
 
 
+def check_order(case: tuple, dtype: torch.dtype, scaled: bool) -> None:
+    """Ranked by counting, samples are in the order of PyTorch's stable sort, and all that a walk needs is the same."""
+    samples, features, size, order = case
+    torch.manual_seed(samples)
+    x, scale = torch.randn(samples, features, dtype=dtype), torch.rand(samples, features, dtype=dtype)
+    x[samples // 5 :, 0], x[0] = 0.25, torch.inf  # a crowd
+    cut, results, held = (20, (samples + size + order + 2) // 20 + 1), [], gpu_sort.HELD
+    for gpu_sort.HELD in (held, 0):
+        grid, wide = (-1.0, 1.0, size / 2), dtype == torch.float64
+        launches = gpu_sort.sort((samples, features, size), order, grid, wide, cut, 1, 0, scaled, True, True, True)
+        assert (launches.rank is None) == (gpu_sort.HELD == 0), case
+        to = [torch.full((features, samples), torch.nan, dtype=dtype) for _ in range(3)]
+        cuts = torch.full((features, cut[1] + 1), -1, dtype=torch.int32)
+        results.append((gpu_sort.run(launches, x, size, order, scale, *to, cuts), *to, cuts))
+        keys = gpu_sort.run(gpu_sort.sort((samples, features, size), order, grid, wide), x, size, order)
+        assert torch.equal(keys, results[0][0]), case
+    gpu_sort.HELD = held
+    for name, one, other in zip(("keys", "places", "slopes", "acts", "cuts"), *results, strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num()), (case, dtype, name)
+
+
 def always(tile: gpu_tiles.Tile, pieces: int, together: bool) -> tuple[Callable, Callable]:
     """In place of ``planned`` and ``side_by_side``, whatever the products are."""
     return lambda sizes, _: gpu_tiles.Plan(tile, (pieces,) * len(sizes), 0.0), lambda *_: together
@@ -294,6 +323,11 @@ def main(part: int = 0, parts: int = 1) -> None:
                 assert cardinal_error(order, d) < 5, (order, d)
                 checked += 1
     torch.use_deterministic_algorithms(False)
+    for case in ORDER_CASES:
+        if next(number) % parts == part:
+            for dtype, scaled in ((torch.float32, False), (torch.float32, True), (torch.float64, True)):
+                check_order(case, dtype, scaled)
+            checked += 1
     for setting, cases, ways in SETTINGS:
         before = [(module, name, getattr(module, name)) for module, name, _ in setting]
         change(setting)

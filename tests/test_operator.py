@@ -238,8 +238,10 @@ SIZE_CASES = (
     Case(63, 16, 48, 5, second=True),  # sizes of which 16 is a divisor: products in parts on some GPUs
     Case(256, 64, 128, 5),
     Case(130, 90, 70, 5, second=True),  # not of these, padded
-    Case(1100, 3, 63, 100),  # on a GPU, more samples than a program sorts: cells in one byte, and in two
-    Case(1100, 3, 63, 300, second=True),
+    Case(1100, 3, 63, 100),
+    Case(7000, 3, 63, 300),  # on a GPU, more samples than a program keeps while it sorts
+    Case(12_000, 3, 63, 100),  # … than it sorts: cells in one byte, and in two
+    Case(12_000, 2, 33, 300, second=True),
     Case(1100, 3, 13, 100),  # few outputs
     Case(2100, 520, 3, 5),  # … and sums in pieces
     Case(1100, 3, 3, 100),  # … and so few that they are summed up in shared memory

@@ -78,13 +78,12 @@ def precision(weight: Tensor) -> str:
 
 
 class Plan(NamedTuple):
-    """Of a backward pass: the launch; the one behind the keys that it reads, if PyTorch or a kernel sorts before; shape and
-    dtype of what else it works with, if anything; how many bits of a key hold the sample, and the dtype of keys."""
+    """Of a backward pass: the launch; those that sort before, if it reads keys; shape and dtype of what else it works with,
+    if anything."""
 
     launch: Launch
-    sort: Launch | None = None
+    sort: gpu_sort.Sort | None = None
     room: tuple[tuple[int, ...], torch.dtype] | None = None
-    keys: tuple[int, torch.dtype] | None = None
 
 
 @remembered
@@ -131,11 +130,11 @@ def _backward(
         return Plan(launch, room=(room, torch.float32))
     columns = features * groups
     bits, key_dtype = gpu_sort.key_format(samples, size, order)
-    sort = None if along else gpu_sort.for_keys((samples, features, size), order, bits, grid, tl.float32)
+    sort = None if along else gpu_sort.sort((samples, features, size), order, grid, False)
     numbers = (*numbers, ceil_div(rows, frame), groups, columns, bases, *grid)
     constants |= {"SORT": along, "NB": power_of_2(samples), "BITS": bits, "BM": frame, "BS": chunk} | BASE_TILE
     launch = Launch(triton_few.columns_kernel, (columns + bases + gathers,), numbers, constants, warps)
-    return Plan(launch, sort, ((columns, samples), key_dtype) if along else None, (bits, key_dtype))
+    return Plan(launch, sort, ((columns, samples), key_dtype) if along else None)
 
 
 def adjoint(
@@ -170,7 +169,7 @@ def adjoint(
         b = None if base is None else torch.empty_like(base)
     first = []
     if plan.sort is not None:
-        first = [gpu_sort.keys(plan.sort, x, rows - order, order, *plan.keys)]
+        first = [gpu_sort.run(plan.sort, x, rows - order, order)]
     elif plan.room is not None:
         size, dtype = plan.room
         first = [torch.empty(size, dtype=dtype, device=x.device) if size else None]

@@ -66,11 +66,10 @@ def walk_shape(
 
 
 class Launches(NamedTuple):
-    """Of a backward pass: one that sorts, or two before and after PyTorch does; the walk; one that adds the carries of its
-    stretches. And shape and dtype of these carries, if there are any: for weights of two bytes they are wider, and behind
-    them lie as many first rows."""
+    """Of a backward pass: those that sort; the walk; one that adds the carries of its stretches. And shape and dtype of these
+    carries, if there are any: for weights of two bytes they are wider, and behind them lie as many first rows."""
 
-    sort: tuple[Launch, ...]
+    sort: gpu_sort.Sort
     walk: Launch
     carry: Launch
     carries: tuple[tuple[int, ...], torch.dtype] | None
@@ -87,22 +86,21 @@ def _backward(
     dot_d: int,
     scatter_d: int,
     processors: int,
-) -> tuple[Launches, Walk, torch.dtype]:
-    """The launches, the walk's shape, and the dtype of the keys."""
+) -> tuple[Launches, Walk]:
+    """The launches, and the walk's shape."""
     (samples, features, rows), (_, _, x_dtype, weight_dtype, base, scale) = shape, kinds
     wide, size, step = torch.float64 in (x_dtype, weight_dtype), rows - order, unit(outputs)
     narrow = weight_dtype.itemsize == 2
     walk = walk_shape(samples, features, rows, outputs, order, narrow, wide, processors)
     cut, cut_up = (walk.each, walk.stretches), walk.stretches > 1 and scatter_d >= 0
-    bits, key_dtype = gpu_sort.key_format(samples, size, order)
     has_base, scaled, inv_h = base is not None, scale is not None, size / (hi - lo)
     sums = {"CT": tl.float64 if wide else tl.float32}
-    places = {"DOT_D": dot_d} | sums | {"SLOPES": has_base and dot_d >= 0}
-    acts = has_base and scatter_d >= 0
-    at, grid = (samples, features, size), (lo, hi, inv_h)
-    sort = gpu_sort.for_walk(at, order, bits, grid, cut, scatter_d, scaled, acts, places)
+    slopes, acts, grid = has_base and dot_d >= 0, has_base and scatter_d >= 0, (lo, hi, inv_h)
+    sort = gpu_sort.sort(
+        (samples, features, size), order, grid, wide, cut, dot_d, scatter_d, scaled, True, slopes, acts
+    )
     constants = {"ORDER": order, "DOT_D": dot_d, "SCATTER_D": scatter_d} | sums | {"SCALED": scaled, "BASE": has_base}
-    constants |= {"BITS": bits, "UNIT": step, "BO": walk.block, "WHOLE": outputs % walk.block == 0}
+    constants |= {"BITS": sort.bits, "UNIT": step, "BO": walk.block, "WHOLE": outputs % walk.block == 0}
     neighbours = divisor(outputs, 16 // weight_dtype.itemsize)
     apart = {"APART": cut_up and narrow}
     constants |= apart | {"FAR": walk.far, "FETCH": FETCHED, "FOLD": neighbours if walk.block >= 256 else 0}
@@ -114,7 +112,7 @@ def _backward(
     carry = Launch(triton_walk.carry_kernel, grid, (features, outputs // step, size, *cut), constants, 2)
     many, dtype = (2, torch.float64 if wide else torch.float32) if apart["APART"] else (1, weight_dtype)
     carries = ((many * (walk.stretches - 1), features, order + 1, outputs), dtype) if cut_up else None
-    return Launches(sort, go, carry, carries), walk, key_dtype
+    return Launches(sort, go, carry, carries), walk
 
 
 def adjoint(
@@ -139,9 +137,8 @@ def adjoint(
     if weight.dtype == torch.bfloat16 and sums == torch.float32 and rows > NARROW_GRAD:
         grad = grad.to(weight.dtype)
     kinds = dtypes(grad, x, weight, base, scale)
-    launches, walk, key_dtype = _backward(kinds, shape, outputs, order, lo, hi, dot_d, scatter_d, processors)
+    launches, walk = _backward(kinds, shape, outputs, order, lo, hi, dot_d, scatter_d, processors)
     blocks = ceil_div(outputs, walk.block)
-    keys = torch.empty(features, samples, dtype=key_dtype, device=device)
     places = torch.empty(features, samples, dtype=sums, device=device)
     slopes = torch.empty_like(places) if base is not None and dot_d >= 0 else places
     acts = places
@@ -150,13 +147,7 @@ def adjoint(
         acts = torch.empty_like(places, dtype=base.dtype if narrow else sums)
     cuts = torch.empty(features, walk.stretches + 1, dtype=torch.int32, device=device)
     scaling = x if scale is None else scale
-    first, *place = launches.sort
-    if place:
-        turned = torch.empty(features, samples, dtype=x.dtype, device=device)
-        cells, ranked = gpu_sort.sorted_cells(first, x, scaling, turned, acts, rows - order, order)
-        place[0](turned, cells, ranked, keys, places, slopes, cuts)
-    else:
-        first(x, scaling, keys, places, slopes, acts, cuts)
+    keys = gpu_sort.run(launches.sort, x, rows - order, order, scaling, places, slopes, acts, cuts)
     dots = v = b = carries = None
     if base is not None and scatter_d >= 0:  # before there is a gradient: what this needs is free again then
         b = (acts @ grad.to(acts.dtype)).to(base.dtype)

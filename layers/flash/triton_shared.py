@@ -59,6 +59,18 @@ def get_pair(memory, at, here, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def get_int(memory, at, here, INTERPRETED: tl.constexpr):
+    """An int32; 0 for what is not ``here``."""
+    if INTERPRETED:
+        return tl.load(memory + at // 4, mask=here, other=0)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.shared.b32 $0, [$1]; }", "=&r,r,r",
+            [memory + at, here.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def put(memory, at, v, here, INTERPRETED: tl.constexpr):
     """What the threads of a warp store, all of them see in what they do next."""
     if INTERPRETED:
@@ -81,4 +93,36 @@ def put_pair(memory, at, v, w, here, INTERPRETED: tl.constexpr):
             "{ .reg .pred p; setp.ne.s32 p, $4, 0; @p st.shared.v2.f32 [$1], {$2, $3}; bar.warp.sync 0xffffffff;"
             " mov.u32 $0, 0; }",
             "=r,r,f,f,r", [memory + at, v, w, here.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def put_int(memory, at, v, here, INTERPRETED: tl.constexpr):
+    """See ``put``."""
+    if INTERPRETED:
+        tl.store(memory + at // 4, v, mask=here)
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b32 [$1], $2; bar.warp.sync 0xffffffff; mov.u32 $0, 0; }",
+            "=r,r,r,r", [memory + at, v, here.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def alike(v, INTERPRETED: tl.constexpr):
+    """Of an int32 in each thread: how many threads before it in its warp have the same one, and how many in all.
+
+    What a warp got from shared memory before, all of its threads have then.
+    """
+    if INTERPRETED:
+        warps = tl.reshape(v, [v.shape[0] // 32, 32])
+        lane = tl.arange(0, 32)
+        same = (warps[:, :, None] == warps[:, None, :]).to(tl.int32)
+        earlier = tl.sum(same * (lane[None, None, :] < lane[None, :, None]).to(tl.int32), axis=2)
+        return tl.reshape(earlier, [v.shape[0]]), tl.reshape(tl.sum(same, axis=2), [v.shape[0]])
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 m, l; bar.warp.sync 0xffffffff; match.any.sync.b32 m, $2, 0xffffffff; popc.b32 $1, m;"
+            " mov.u32 l, %lanemask_lt; and.b32 m, m, l; popc.b32 $0, m; }",
+            "=r,=&r,r", [v], dtype=(tl.int32, tl.int32), is_pure=False, pack=1,
         )  # fmt: skip
