@@ -46,14 +46,15 @@ class Limits(NamedTuple):
     backward: int  # with up to 128 outputs
     wide_backward: int
     samples: int = 0  # with fewer, fewer rows
+    backward_samples: int = 0
 
 
-BFLOAT16 = Limits(40, 3, 170, 76, 103)
+BFLOAT16 = Limits(40, 3, 170, 66, 93)
 LIMITS = {
     "bfloat16": BFLOAT16,
-    "float16": BFLOAT16._replace(backward=63, wide_backward=98),  # gradients are brought into its range
-    "tf32": Limits(19, 3, 80, 33, 33),
-    "parts": Limits(14, 7, 47, 28, 24, 700),  # float32 in two parts, see gpu_parts.py
+    "float16": BFLOAT16._replace(backward=50, wide_backward=91),  # gradients are brought into its range
+    "tf32": Limits(19, 3, 80, 27, 32),
+    "parts": Limits(14, 7, 47, 28, 23, 700, 475),  # float32 in two parts, see gpu_parts.py
     "float32": Limits(8, 32, 16, 10, 10),
 }
 BASIS_BYTES = 2**30  # of all basis values of a batch; more memory is not worth the time
@@ -66,10 +67,10 @@ def dense_wins(samples: int, rows: int, outputs: int, kind: str, backward: bool)
     read and split all weights first, that has to be shared by many samples.
     """
     limits = LIMITS[kind]
-    most = min(limits.forward + (outputs - 64) // limits.outputs, limits.most)
+    most, few = min(limits.forward + (outputs - 64) // limits.outputs, limits.most), limits.samples
     if backward:
-        most = limits.backward if outputs <= 128 else limits.wide_backward
-    return rows <= most * min(1, 2 * samples / (samples + limits.samples))
+        most, few = limits.backward if outputs <= 128 else limits.wide_backward, limits.backward_samples
+    return rows <= most * min(1, 2 * samples / (samples + few))
 
 
 def _dense_wins(x: Tensor, weight: Tensor, backward: bool) -> bool:

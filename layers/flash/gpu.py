@@ -13,7 +13,7 @@ MAX_ORDER = 5
 MAX_DERIVATIVE = 2
 FEW_OUTPUTS = 32  # up to which one program takes all outputs of a sample
 # Few outputs, and yet the backward pass is a walk: from so many outputs, samples, and samples times rows on.
-WALK_OUTPUTS, WALK_SAMPLES, WALK_WORK = 17, 512, 100_000
+WALK_OUTPUTS, WALK_SAMPLES, WALK_WORK = 17, 500, 50_000
 # With more samples than gpu_few.LONG, too, but for sums in shared memory and for coarse grids of so many rows in all,
 # which keep the GPU busy.
 FEW_WORK = 4096

@@ -45,7 +45,7 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
-def tiles(rows: int, samples: int, outputs: int, order: int, narrow: bool, wide: bool) -> Iterator[Tile]:
+def tiles(samples: int, rows: int, outputs: int, order: int, narrow: bool, wide: bool) -> Iterator[Tile]:
     """What is the fastest if it fills the GPU, then what is taken anyway.
 
     Tall tiles read a row for more samples, low ones of one warp need no barriers. 12 warps on a multiprocessor hide more
@@ -73,8 +73,8 @@ def fit(
     samples: int, features: int, rows: int, outputs: int, order: int, narrow: bool, wide: bool, processors: int
 ) -> tuple[Tile, int]:
     """The tile, and into how many parts features are split."""
-    most = min(features // 16, 32, PARTS_BYTES // (4 * samples * outputs))
-    for tile in tiles(rows, samples, outputs, order, narrow, wide):
+    most = min(features // 16, 32, PARTS_BYTES // ((8 if wide else 4) * samples * outputs))
+    for tile in tiles(samples, rows, outputs, order, narrow, wide):
         programs = ceil_div(samples, tile.samples) * ceil_div(outputs, tile.outputs)
         together = tile.together * processors // tile.warps
         parts = fewest_parts(programs, together, most, WASTE)
