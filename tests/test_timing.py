@@ -162,15 +162,41 @@ def test_layers_of_other_projects_are_measured_where_they_are_installed(tmp_path
 
 def test_the_sweep_of_a_gpu_has_all_of_them():
     names = {job.layer for job in benchmark.jobs("cuda", quick=True) if isinstance(job, benchmark.Job)}
-    assert set(benchmark.peers.NAMES) == set(timing_plots.OTHERS) <= names
+    assert set(benchmark.peers.NAMES) < set(timing_plots.OTHERS) <= names
     marks = timing.Times(2.0, 1.0, 3.0)
-    rows = [benchmark.row(benchmark.Job(name, "8-4", 5), "", "", marks, None, 0.0) for name in benchmark.peers.NAMES]
+    jobs = [benchmark.Job(name, "8-4", 5) for name in timing_plots.OTHERS]
+    assert {job.peer for job in jobs} == set(benchmark.peers.NAMES) and not benchmark.Job("FlashKAN", "8-4", 5).peer
+    rows = [benchmark.row(job, "", "", marks, None, 0.0) for job in jobs]
     assert {row["layer"] for row in rows if row["k"] != 3} == {"embedding_bag"}
 
 
 def test_what_is_missing_is_said_by_its_name(monkeypatch):
     monkeypatch.setattr(benchmark.peers.importlib.util, "find_spec", lambda package: None)
-    assert benchmark.peers.missing("efficient-kan compiled") == "efficient_kan"
+    assert benchmark.peers.missing("efficient-kan") == "efficient_kan"
+    reason = benchmark.reason_to_skip(benchmark.Job("efficient-kan compiled", "8-4", 5), "cpu")
+    assert reason.startswith("efficient_kan is not installed")
+
+
+@pytest.mark.parametrize("layer", ("inkan", "FlashKAN"))
+def test_only_a_layer_of_another_project_may_raise_anything(layer, tmp_path, monkeypatch, capsys):
+    plan = [benchmark.Job(layer, "8-4", 5), benchmark.Job("nn.Linear", "8-4", 5)]
+    monkeypatch.setattr(benchmark, "jobs", lambda device, quick: plan)
+    monkeypatch.setattr(benchmark.peers, "missing", lambda name: "")
+    build = benchmark.build
+
+    def fails(name, *of):
+        if name == layer:
+            raise TypeError("no such argument")
+        return build(name, *of)
+
+    monkeypatch.setattr(benchmark, "build", fails)
+    if layer == "FlashKAN":
+        with pytest.raises(TypeError, match="no such argument"):
+            benchmark.run(tmp_path / "ours.csv", "cpu")
+        return
+    benchmark.run(tmp_path / "theirs.csv", "cpu")
+    assert {row["layer"] for row in timing_plots.read(tmp_path)} == {"nn.Linear"}
+    assert "left out: TypeError: no such argument" in capsys.readouterr().out
 
 
 def test_an_mlp_has_about_as_many_weights():

@@ -58,6 +58,12 @@ class Job:
     dtype: torch.dtype = torch.float32
     tf32: bool = False
 
+    @property
+    def peer(self) -> str:
+        """The name of a layer of another project, without what is done to it; empty if it is ours."""
+        name = self.layer.removesuffix(" compiled")
+        return name if name in peers.NAMES else ""
+
     def __str__(self) -> str:
         kind = "bfloat16" if self.dtype == torch.bfloat16 else "TF32" if self.tf32 else "float32"
         return f"{self.layer:18} {self.shape:9} G={self.size:<4} {kind:8}"
@@ -99,19 +105,15 @@ def jobs(device: str, quick: bool = False) -> Iterator[Job | InTurn]:
     yield from (Job("KANLinear compiled", "512-512", G) for G in some)
     yield from (Job("MLP", "784-10", G) for G in GRIDS)
     yield from (Job("MLP", "512-512", G) for G in (5, 20, 100))
-    for shape, grids in PEER_GRIDS.items():
-        yield from (Job(name, shape, G) for name in peers.NAMES for G in grids)
     yield from (Job(name, "8-4", 5) for name in (*main, "Regular_KAN"))
-    if quick:
-        return
-    for shape, grids, dense_grids in (
-        ("784-64", GRIDS, some),
-        ("1024-1024", some, some[:3]),
-        ("256-256", some, some[:2]),
-    ):
+    more = ("784-64", GRIDS, some), ("1024-1024", some, some[:3]), ("256-256", some, some[:2])
+    for shape, grids, dense_grids in () if quick else more:
         yield Job("nn.Linear", shape, 5)
         yield from (Job("FlashKAN", shape, G) for G in grids)
         yield from (Job("KANLinear", shape, G) for G in dense_grids)
+    others = *peers.NAMES, *(f"{name} compiled" for name in peers.COMPILED)
+    for shape, grids in PEER_GRIDS.items():
+        yield from (Job(name, shape, G) for name in others for G in grids)
 
 
 class Routed(FlashKAN):
@@ -136,23 +138,24 @@ def build(name: str, features: int, outputs: int, size: int, device: str = "cpu"
         hidden = hidden_units(features, outputs, size)
         parts = nn.Linear(features, hidden, device=device), nn.SiLU(), nn.Linear(hidden, outputs, device=device)
         return nn.Sequential(*parts)
-    if name in peers.NAMES:
-        return peers.build(name, features, outputs, size, device)
-    kinds = {"FlashKAN": FlashKAN, "KANLinear": KANLinear, "Regular_KAN": Regular_KAN}
-    name, _, how = name.partition(" ")
-    kind = Routed if how in ("local", "dense") else kinds[name]
-    layer = kind(features, outputs, size, device=device)
-    if kind is Routed:
-        layer.route = how
+    plain = name.removesuffix(" compiled")
+    if plain in peers.NAMES:
+        layer = peers.build(plain, features, outputs, size, device)
+    else:
+        kinds = {"FlashKAN": FlashKAN, "KANLinear": KANLinear, "Regular_KAN": Regular_KAN}
+        kind, _, route = plain.partition(" ")
+        layer = (Routed if route else kinds[kind])(features, outputs, size, device=device)
+        if route:
+            layer.route = route
     # Each size by itself: a program for any size would be slower.
-    return torch.compile(layer, dynamic=False) if how == "compiled" else layer
+    return layer if plain == name else torch.compile(layer, dynamic=False)
 
 
 def reason_to_skip(job: Job | InTurn, device: str) -> str:
     """Why a job does not fit this device, or an empty string."""
     if isinstance(job, InTurn):
         return next((reason for one in job.jobs if (reason := reason_to_skip(one, device))), "")
-    if job.layer in peers.NAMES and (package := peers.missing(job.layer)):
+    if job.peer and (package := peers.missing(job.peer)):
         return f"{package} is not installed, see layers/flash/peers.py"
     samples, features, outputs = SHAPES[job.shape]
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else 2**33
@@ -188,12 +191,12 @@ def check(layer: nn.Module, x: Tensor, tf32: bool = False) -> float:
     the gradient that comes back is zero but for the first samples, so that it needs only these.
     """
     plain = getattr(layer, "_orig_mod", layer)  # torch.compile wraps
-    names = ["x", *(name for name, weight in plain.named_parameters() if weight.requires_grad)]
+    names = ["x", *trained(plain)]
     y = layer(x)
     few = max(1, CHECKED // (x.shape[1] * y.shape[1]))
     grad = torch.zeros_like(y)
     grad[:few] = torch.randn(y[:few].shape, device=y.device).to(y.dtype)
-    slopes = torch.autograd.grad(y, (x, *trained(plain)), grad)
+    slopes = torch.autograd.grad(y, (x, *trained(plain).values()), grad)
     if slopes[0][few:].any():
         raise AssertionError("the gradient of x: samples that were not asked for have one")
     size, dtype = getattr(plain, "grid_size", 1), next(plain.parameters()).dtype
@@ -219,12 +222,12 @@ def in_float64(layer: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
     model, x = copy.deepcopy(layer).double(), x.requires_grad_()
     with torch.compiler.set_stance("force_eager"):  # what a layer compiles inside would be compiled once more
         y = model(x)
-        return [y, *torch.autograd.grad(y, (x, *trained(model)), grad)]
+        return [y, *torch.autograd.grad(y, (x, *trained(model).values()), grad)]
 
 
-def trained(layer: nn.Module) -> list[Tensor]:
-    """The parameters that training changes."""
-    return [weight for weight in layer.parameters() if weight.requires_grad]
+def trained(layer: nn.Module) -> dict[str, Tensor]:
+    """The parameters that training changes, by name."""
+    return {name: weight for name, weight in layer.named_parameters() if weight.requires_grad}
 
 
 def calls(layer: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
@@ -232,7 +235,7 @@ def calls(layer: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
 
     ``+Adam`` moves the weights: measure it last.
     """
-    weights = trained(layer)
+    weights = list(trained(layer).values())
     grad = torch.randn_like(layer(x).detach())
     adam = torch.optim.Adam(weights, lr=1e-3, fused=True, capturable=x.is_cuda)
 
@@ -291,7 +294,7 @@ def prepared(job: Job, device: str) -> tuple[nn.Module, Tensor, float]:
 def row(job: Job, name: str, mode: str, times: timing.Times, peak: float | None, error: float) -> dict:
     """A row of the file but for what is the same in all; ``name``: the pass."""
     samples, features, outputs = SHAPES[job.shape]
-    degree = peers.DEGREES.get(job.layer, 3)
+    degree = peers.DEGREES.get(job.peer, 3)
     marks = {"median_us": times.median, "p20_us": times.low, "p80_us": times.high, "peak_mib": peak}
     return {
         **{"layer": job.layer, "B": samples, "I": features, "O": outputs, "G": job.size, "k": degree},
@@ -311,10 +314,9 @@ def rows(job: Job | InTurn, device: str) -> Iterator[dict]:
         return
     with number_format(job, device):
         layer, x, error = prepared(job, device)
-        # Without gradients a compiled layer would be compiled once more.
-        passes = PASSES[1:] if job.layer.endswith("compiled") else PASSES
-        # Compiling takes most of the time: of other projects' layers only what is compared.
-        passes = PASSES[1:2] if job.layer in peers.NAMES else passes
+        # Without gradients a compiled layer would be compiled once more. Of other projects' layers, where compiling takes
+        # most of the time, only what is compared.
+        passes = PASSES[1:2] if job.peer else PASSES[1:] if job.layer.endswith("compiled") else PASSES
         for name, mode, times, peak in measure(layer, x, passes):
             yield row(job, name, mode, times, peak, error)
 
@@ -354,13 +356,16 @@ def run(out: Path, device: str, quick: bool = False, minutes: float = 30) -> Non
                     if measured["pass"] == "forward+backward":
                         shown.append(f"{measured['mode']} {float(measured['median_us']):,.0f}")
                 print(f"{head} forward+backward {', '.join(shown)} µs", flush=True)
-            except RuntimeError as error:  # out of memory, or no compiler for torch.compile: the other rows count
-                print(
-                    f"{head} left out: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}", flush=True
-                )
             except AssertionError as error:
                 # No row without its check; the others are still worth having.
                 print(f"{head} WRONG, not timed: {error}", flush=True)
+            except Exception as error:
+                # Out of memory, no compiler for torch.compile, whatever another project's layer raises: other rows count.
+                if not isinstance(error, RuntimeError) and not getattr(job, "peer", ""):
+                    raise
+                print(
+                    f"{head} left out: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}", flush=True
+                )
             torch._dynamo.reset()
             if device == "cuda":
                 torch.cuda.empty_cache()

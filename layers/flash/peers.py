@@ -12,7 +12,6 @@ float64. FusionKAN, which needs a CUDA compiler, is not among them.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 
 import torch
@@ -43,9 +42,9 @@ class EmbeddingBag(nn.Module):
 
 
 def _efficient_kan(features: int, outputs: int, size: int) -> nn.Module:
-    published = importlib.import_module("efficient_kan").KANLinear
+    from efficient_kan import KANLinear as Published
 
-    class KANLinear(published):
+    class KANLinear(Published):
         def reset_parameters(self) -> None:  # its own solves a system for each input, which takes minutes here
             for weight in self.parameters():
                 nn.init.normal_(weight, std=0.1)
@@ -54,11 +53,15 @@ def _efficient_kan(features: int, outputs: int, size: int) -> nn.Module:
 
 
 def _fast_kan(features: int, outputs: int, size: int) -> nn.Module:
-    return importlib.import_module("fastkan").FastKANLayer(features, outputs, -1.0, 1.0, num_grids=size + 3)
+    from fastkan import FastKANLayer
+
+    return FastKANLayer(features, outputs, -1.0, 1.0, num_grids=size + 3)
 
 
 def _inkan(features: int, outputs: int, size: int, **how: str) -> nn.Module:
-    return importlib.import_module("inkan").KANLayer(features, outputs, grid_size=size, **how)
+    from inkan import KANLayer
+
+    return KANLayer(features, outputs, grid_size=size, **how)
 
 
 def _inkan_dense(features: int, outputs: int, size: int) -> nn.Module:
@@ -66,22 +69,22 @@ def _inkan_dense(features: int, outputs: int, size: int) -> nn.Module:
 
 
 def _torchcurves(features: int, outputs: int, size: int) -> nn.Module:
-    modules = importlib.import_module("torchcurves.modules")
-    return nn.Sequential(modules.BSplineCurve(features, outputs, knots_config=size + 3), modules.Sum())
+    from torchcurves.modules import BSplineCurve, Sum
+
+    return nn.Sequential(BSplineCurve(features, outputs, knots_config=size + 3), Sum())
 
 
-# The name in the file: what must be installed, what makes the layer, whether it is compiled as well.
+# The name in the file: what must be installed, and what makes the layer.
 _PEERS = {
-    "efficient-kan": ("efficient_kan", _efficient_kan, False),
-    "efficient-kan compiled": ("efficient_kan", _efficient_kan, True),
-    "fast-kan": ("fastkan", _fast_kan, False),
-    "fast-kan compiled": ("fastkan", _fast_kan, True),
-    "inkan": ("inkan", _inkan, False),  # compiles its basis functions itself
-    "inkan dense": ("inkan", _inkan_dense, False),
-    "torchcurves": ("torchcurves", _torchcurves, False),
-    "embedding_bag": ("torch", EmbeddingBag, False),
+    "efficient-kan": ("efficient_kan", _efficient_kan),
+    "fast-kan": ("fastkan", _fast_kan),
+    "inkan": ("inkan", _inkan),  # compiles its basis functions itself
+    "inkan dense": ("inkan", _inkan_dense),
+    "torchcurves": ("torchcurves", _torchcurves),
+    "embedding_bag": ("torch", EmbeddingBag),
 }
 NAMES = tuple(_PEERS)
+COMPILED = ("efficient-kan", "fast-kan")  # are timed under ``torch.compile``, too
 DEGREES = {"embedding_bag": 1}  # all others are cubic, or meant in place of cubic ones
 
 
@@ -92,8 +95,7 @@ def missing(name: str) -> str:
 
 
 def build(name: str, features: int, outputs: int, size: int, device: str = "cpu") -> nn.Module:
-    """A layer by its name in the file, with float32 weights on ``device``; ``ModuleNotFoundError`` if it is missing."""
-    _, make, compiled = _PEERS[name]
-    layer = make(features, outputs, size).to(device)
+    """A layer by its name, with float32 weights on ``device``; ``ModuleNotFoundError`` if its package is missing."""
+    layer = _PEERS[name][1](features, outputs, size).to(device)
     layer.grid_size = size  # which says how exact float32 can be
-    return torch.compile(layer, dynamic=False) if compiled else layer
+    return layer
