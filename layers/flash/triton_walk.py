@@ -86,7 +86,7 @@ def walk_kernel(
     BASE: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, BO: tl.constexpr, WHOLE: tl.constexpr,
     APART: tl.constexpr, FAR: tl.constexpr, FETCH: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """One feature, one stretch of its walk (see ``arrange_kernel``), one block of outputs: cell by cell, sample by sample.
+    """One feature, one stretch of its walk (see ``rank_kernel``), one block of outputs: cell by cell, sample by sample.
     There are ``units`` of UNIT outputs.
 
     A stretch writes the rows from its first to the next one's; what its samples add to the ``k + 1`` rows behind these
