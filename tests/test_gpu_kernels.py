@@ -185,7 +185,7 @@ def test_what_a_program_sorts_fits_into_shared_memory():
     for samples, size, how in (  # warps, inputs kept
         (200, 5, (4, True)),
         (1024, 1000, (4, True)),
-        (1024, 5000, (2, False)),
+        (1024, 4000, (2, True)),
         (2048, 100, (8, True)),
         (4096, 100, (16, True)),
         (8192, 100, (16, False)),
@@ -195,8 +195,10 @@ def test_what_a_program_sorts_fits_into_shared_memory():
     ):
         found = ranking(samples, size, 3, False)
         assert (found and found[:2]) == how, (samples, size)
-        assert found is None or found.bytes <= 47 * 1024
+        assert found is None or found.bytes <= 44 * 1024
     assert not ranking(1024, 100, 3, True).kept, "in float64 an input does not fit into 32 bits"
+    kernels = {ranking(samples, size, 3, False) for samples in range(1, 1025) for size in (5, 10, 20, 100, 500)}
+    assert len(kernels) < 20, "a batch of another size shall seldom wait for a compiler"
 
 
 F32, NARROW, WIDE = (False, False), (True, False), (False, True)

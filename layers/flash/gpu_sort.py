@@ -19,7 +19,8 @@ from layers.flash import triton_rank, triton_sort
 from layers.flash.launch import INTERPRETED, Launch, block, ceil_div, power_of_2
 
 FAST = 1024  # samples, up to which even one warp is faster than PyTorch's sort
-HELD = 47 * 1024  # bytes of it, of the 48 KiB that a program has at most: Triton takes some for itself
+HELD = 44 * 1024  # bytes of shared memory, of the 48 KiB that a program has at most: Triton takes some for itself
+STEP = 4096  # of these bytes, which a kernel knows: not every number of samples shall be another one to compile
 
 
 class Ranking(NamedTuple):
@@ -66,7 +67,7 @@ def ranking(samples: int, size: int, order: int, wide: bool) -> Ranking | None:
     for kept, fewest in ((True, max(most // 2, 1)), (False, 1 if samples <= FAST else 4)):
         warps = most
         while warps >= fewest and not (kept and wide):
-            used = 4 * (warps * (_cells(size, order) | 1) + samples * (1 + kept))
+            used = ceil_div(4 * (warps * (_cells(size, order) | 1) + samples * (1 + kept)), STEP) * STEP
             if used <= HELD:
                 return Ranking(warps, kept, used)
             warps //= 2
