@@ -18,7 +18,7 @@ from torch import Tensor
 from layers.flash import triton_rank, triton_sort
 from layers.flash.launch import INTERPRETED, Launch, block, ceil_div, power_of_2
 
-FAST = 1024  # samples, up to which even one warp is faster than PyTorch's sort
+FAST = 1024  # samples, for which even one warp counts; fewer than four were not timed, and PyTorch sorts by several launches
 HELD = 44 * 1024  # bytes of shared memory, of the 48 KiB that a program has at most: Triton takes some for itself
 STEP = 4096  # of these bytes, which a kernel knows: not every number of samples shall be another one to compile
 
