@@ -9,23 +9,16 @@ stable sort, the same from run to run. What more samples or cells would need is 
 import triton
 import triton.language as tl
 
-from layers.flash.triton_basis import locate
-from layers.flash.triton_shared import alike, get_int, memory, put_int, threads
-from layers.flash.triton_sort import activation, leave_place
-
-
-@triton.jit
-def _cell(x, lo, hi, inv_h, size, ORDER: tl.constexpr):
-    cell, _ = locate(x, lo, hi, inv_h, size, ORDER)
-    return cell + (ORDER + 1)
+from layers.flash.triton_shared import alike, get, memory, put, threads
+from layers.flash.triton_sort import activation, cell_number, leave_place
 
 
 @triton.jit
 def _counted(counts, cell, here, INTERPRETED: tl.constexpr):
     """Adds 32 samples of each warp to its ``counts``; how many each of them found there, and before it in the warp."""
-    before = get_int(counts, 4 * cell, here, INTERPRETED)
+    before = get(counts, 4 * cell, here, tl.int32, INTERPRETED)
     earlier, together = alike(tl.where(here, cell, -1), INTERPRETED)
-    put_int(counts, 4 * cell, before + together, here & (earlier == 0), INTERPRETED)
+    put(counts, 4 * cell, before + together, here & (earlier == 0), INTERPRETED)
     return before + earlier
 
 
@@ -36,18 +29,18 @@ def _add_up(room, cells, wide, CELLS: tl.constexpr, WARPS: tl.constexpr, INTERPR
     here = cell < cells
     before = tl.zeros((CELLS,), tl.int32)
     for warp in tl.static_range(WARPS):
-        before += get_int(room, 4 * (warp * wide + cell), here, INTERPRETED)
+        before += get(room, 4 * (warp * wide + cell), here, tl.int32, INTERPRETED)
     before = tl.cumsum(before, 0) - before
     for warp in tl.static_range(WARPS):
-        count = get_int(room, 4 * (warp * wide + cell), here, INTERPRETED)
-        put_int(room, 4 * (warp * wide + cell), before, here, INTERPRETED)
+        count = get(room, 4 * (warp * wide + cell), here, tl.int32, INTERPRETED)
+        put(room, 4 * (warp * wide + cell), before, here, INTERPRETED)
         before += count
 
 
 @triton.jit
 def _input(column, kept, n, step, here, KEPT: tl.constexpr, CT: tl.constexpr, INTERPRETED: tl.constexpr):
     if KEPT:
-        return get_int(kept, 4 * n, here, INTERPRETED).to(tl.float32, bitcast=True)
+        return get(kept, 4 * n, here, tl.float32, INTERPRETED)
     else:
         return tl.load(column + n.to(tl.int64) * step, mask=here, other=0.0).to(CT)
 
@@ -82,7 +75,7 @@ def rank_kernel(
     kept = ordered + WORD * samples
     column = x + i * tl.where(step == 1, samples, 1)
     for first in range(0, WARPS * wide, THREADS):
-        put_int(room, 4 * (first + t), t * 0, first + t < WARPS * wide, INTERPRETED)
+        put(room, 4 * (first + t), t * 0, first + t < WARPS * wide, INTERPRETED)
     tl.debug_barrier()
     counts = room + WORD * (t // 32) * wide
     turns = tl.cdiv(samples, THREADS)
@@ -92,9 +85,9 @@ def rank_kernel(
         n = start + 32 * turn
         here, xv = n < samples, ahead.to(CT)
         ahead = tl.load(column + (n + 32).to(tl.int64) * step, mask=n + 32 < samples, other=0.0)
-        _counted(counts, _cell(xv, lo, hi, inv_h, size, ORDER), here, INTERPRETED)
+        _counted(counts, cell_number(xv, lo, hi, inv_h, size, ORDER), here, INTERPRETED)
         if KEPT:
-            put_int(kept, 4 * n, xv.to(tl.int32, bitcast=True), here, INTERPRETED)
+            put(kept, 4 * n, xv, here, INTERPRETED)
         if ACTS:
             act = activation(xv, scale, n.to(tl.int64) * features + i, here, SCATTER_D, CT, SCALED)
             tl.store(acts + i * samples + n, act.to(acts.dtype.element_ty), mask=here)
@@ -104,13 +97,13 @@ def rank_kernel(
     for turn in range(turns):
         n = start + 32 * turn
         here = n < samples
-        cell = _cell(_input(column, kept, n, step, here, KEPT, CT, INTERPRETED), lo, hi, inv_h, size, ORDER)
+        cell = cell_number(_input(column, kept, n, step, here, KEPT, CT, INTERPRETED), lo, hi, inv_h, size, ORDER)
         rank = _counted(counts, cell, here, INTERPRETED)
-        put_int(ordered, 4 * rank, (cell << BITS) | n, here, INTERPRETED)
+        put(ordered, 4 * rank, (cell << BITS) | n, here, INTERPRETED)
     tl.debug_barrier()
     for first in range(0, samples, THREADS):
         here, at = first + t < samples, i * samples + first + t
-        key = get_int(ordered, 4 * (first + t), here, INTERPRETED)
+        key = get(ordered, 4 * (first + t), here, tl.int32, INTERPRETED)
         tl.store(keys + at, key, mask=here)
         if PLACES:
             xv = _input(column, kept, key & (2**BITS - 1), step, here, KEPT, CT, INTERPRETED)
@@ -121,7 +114,7 @@ def rank_kernel(
             low, high = t * 0, t * 0 + samples
             for _ in range(BITS + 1):  # halves what is left of ``samples <= 2 ** BITS``
                 middle = (low + high) // 2
-                cell = get_int(ordered, 4 * middle, low < high, INTERPRETED) >> BITS
+                cell = get(ordered, 4 * middle, low < high, tl.int32, INTERPRETED) >> BITS
                 before = (low < high) & (middle + cell < stretch * each)
                 low, high = tl.where(before, middle + 1, low), tl.where(before, high, middle)
             tl.store(cuts + i * (stretches + 1) + stretch, low, mask=stretch <= stretches)

@@ -31,19 +31,20 @@ def threads(WARPS: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def get(memory, at, here, INTERPRETED: tl.constexpr):
-    """What a thread gets that is not ``here`` has no meaning. None: all are."""
+def get(memory, at, here, KIND: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Numbers of KIND, int32 or float32. What a thread gets that is not ``here`` has no meaning. None: all are."""
     if INTERPRETED:
-        return tl.load(memory + at // 4, mask=here)
+        bits = tl.load(memory + at // 4, mask=here)
     elif here is None:
-        return tl.inline_asm_elementwise(
-            "ld.shared.f32 $0, [$1];", "=f,r", [memory + at], dtype=tl.float32, is_pure=False, pack=1
+        bits = tl.inline_asm_elementwise(
+            "ld.shared.b32 $0, [$1];", "=r,r", [memory + at], dtype=tl.int32, is_pure=False, pack=1
         )
     else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p ld.shared.f32 $0, [$1]; }", "=f,r,r",
-            [memory + at, here.to(tl.int32)], dtype=tl.float32, is_pure=False, pack=1,
+        bits = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p ld.shared.b32 $0, [$1]; }", "=r,r,r",
+            [memory + at, here.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
+    return bits.to(KIND, bitcast=True)
 
 
 @triton.jit
@@ -59,26 +60,15 @@ def get_pair(memory, at, here, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def get_int(memory, at, here, INTERPRETED: tl.constexpr):
-    """An int32; 0 for what is not ``here``."""
-    if INTERPRETED:
-        return tl.load(memory + at // 4, mask=here, other=0)
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.shared.b32 $0, [$1]; }", "=&r,r,r",
-            [memory + at, here.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
 def put(memory, at, v, here, INTERPRETED: tl.constexpr):
-    """What the threads of a warp store, all of them see in what they do next."""
+    """Int32 or float32. What the threads of a warp store, all of them see in what they do next."""
     if INTERPRETED:
-        tl.store(memory + at // 4, v, mask=here)
+        tl.store(memory + at // 4, v.to(memory.dtype.element_ty, bitcast=True), mask=here)
     else:
         tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.f32 [$1], $2; bar.warp.sync 0xffffffff; mov.u32 $0, 0; }",
-            "=r,r,f,r", [memory + at, v, here.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b32 [$1], $2; bar.warp.sync 0xffffffff; mov.u32 $0, 0; }",
+            "=r,r,r,r", [memory + at, v.to(tl.int32, bitcast=True), here.to(tl.int32)],
+            dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
 
@@ -93,18 +83,6 @@ def put_pair(memory, at, v, w, here, INTERPRETED: tl.constexpr):
             "{ .reg .pred p; setp.ne.s32 p, $4, 0; @p st.shared.v2.f32 [$1], {$2, $3}; bar.warp.sync 0xffffffff;"
             " mov.u32 $0, 0; }",
             "=r,r,f,f,r", [memory + at, v, w, here.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def put_int(memory, at, v, here, INTERPRETED: tl.constexpr):
-    """See ``put``."""
-    if INTERPRETED:
-        tl.store(memory + at // 4, v, mask=here)
-    else:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b32 [$1], $2; bar.warp.sync 0xffffffff; mov.u32 $0, 0; }",
-            "=r,r,r,r", [memory + at, v, here.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
 

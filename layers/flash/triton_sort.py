@@ -12,14 +12,20 @@ from layers.flash.triton_basis import locate, silu
 
 
 @triton.jit
+def cell_number(x, lo, hi, inv_h, size, ORDER: tl.constexpr):
+    """An input's cell as keys count them: from 0 on, the first of those below the grid whose samples no row meets."""
+    cell, _ = locate(x, lo, hi, inv_h, size, ORDER)
+    return cell + (ORDER + 1)
+
+
+@triton.jit
 def sorted_keys(
     x, i, n, here, features, size, lo, hi, inv_h,
     ORDER: tl.constexpr, CT: tl.constexpr, KT: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """The samples ``n`` of feature ``i`` in order of their cells, as ``(cell + k + 1) << BITS | sample``."""
     xv = tl.load(x + n.to(tl.int64) * features + i, mask=here, other=0.0).to(CT)
-    cell, _ = locate(xv, lo, hi, inv_h, size, ORDER)
-    key = ((cell + ORDER + 1).to(KT) << BITS) | n
+    key = (cell_number(xv, lo, hi, inv_h, size, ORDER).to(KT) << BITS) | n
     return tl.sort(tl.where(here, key, key * 0 + (2 ** (KT.primitive_bitwidth - 1) - 1)))
 
 
@@ -63,8 +69,8 @@ def cells_kernel(
     if TURN:
         tl.store(turned + to, xv, mask=here)
     if CELLS:
-        cell, _ = locate(xv.to(CT), lo, hi, inv_h, size, ORDER)
-        tl.store(cells + to, (cell + ORDER + 1).to(cells.dtype.element_ty), mask=here)
+        cell = cell_number(xv.to(CT), lo, hi, inv_h, size, ORDER)
+        tl.store(cells + to, cell.to(cells.dtype.element_ty), mask=here)
     if ACTS:
         act = activation(xv.to(CT), scale, at, here, SCATTER_D, CT, SCALED)
         tl.store(acts + to, act.to(acts.dtype.element_ty), mask=here)

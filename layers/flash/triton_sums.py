@@ -23,9 +23,9 @@ def _entry(
     K: tl.constexpr, PAIRS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Of a sample in a warp's list: where each thread adds, and what."""
-    entry = get(room, at, None, INTERPRETED).to(tl.int32, bitcast=True)
+    entry = get(room, at, None, tl.int32, INTERPRETED)
     n = entry >> 20
-    v = get(room, values + n * (4 * K), None, INTERPRETED)
+    v = get(room, values + n * (4 * K), None, tl.float32, INTERPRETED)
     to += entry & 0xFFFFF
     if PAIRS:
         both = tl.load(grad[:, None] + (n * outputs)[:, None] + tl.arange(0, 2)[None, :])
@@ -41,7 +41,7 @@ def _add(room, to, v, w, active, PAIRS: tl.constexpr, INTERPRETED: tl.constexpr)
         a, b = get_pair(room, to, active, INTERPRETED)
         put_pair(room, to, a + v, b + w, active, INTERPRETED)
     else:
-        put(room, to, get(room, to, active, INTERPRETED) + v, active, INTERPRETED)
+        put(room, to, get(room, to, active, tl.float32, INTERPRETED) + v, active, INTERPRETED)
 
 
 @triton.jit
@@ -118,12 +118,12 @@ def _fill_lists(
     for w in tl.static_range(WARPS):
         entry = (n << 20) + SUMS + 4 * (w * piece + (first - w * height + K) * outputs)
         slot, reaches = w * SLOTS + _count(before, w), _reaches(first, crowd, here, w, height, K)
-        put(room, 4 * slot, entry.to(tl.float32, bitcast=True), reaches, INTERPRETED)
+        put(room, 4 * slot, entry, reaches, INTERPRETED)
     turn = _count(before, WARPS)
     w = turn % WARPS
     entry = (n << 20) + SUMS + 4 * (w * piece + crowds)
     slot = w * SLOTS + _count(totals, w) + turn // WARPS
-    put(room, 4 * slot, entry.to(tl.float32, bitcast=True), joins, INTERPRETED)
+    put(room, 4 * slot, entry, joins, INTERPRETED)
     end = 0
     for w in tl.static_range(WARPS):
         end = tl.maximum(end, _length(totals, w, WARPS))
@@ -135,7 +135,7 @@ def _fill_lists(
     for at in range(0, end, 32):
         place = at + t % 32
         free = (place >= length) & (place < end)
-        put(room, 4 * (warp * SLOTS + place), entry.to(tl.float32, bitcast=True), free, INTERPRETED)
+        put(room, 4 * (warp * SLOTS + place), entry, free, INTERPRETED)
     return end
 
 
@@ -150,9 +150,9 @@ def _add_crowd(
     there = (t < K * outputs) & (row >= 0) & (row < WARPS * height)
     owner = row // height
     to = SUMS + 4 * (owner * piece + (row - owner * height + K) * outputs + t % outputs)
-    total = get(room, to, there, INTERPRETED)
+    total = get(room, to, there, tl.float32, INTERPRETED)
     for w in tl.static_range(WARPS):
-        total += get(room, SUMS + 4 * (w * piece + crowds + t), there, INTERPRETED)
+        total += get(room, SUMS + 4 * (w * piece + crowds + t), there, tl.float32, INTERPRETED)
     put(room, to, total, there, INTERPRETED)
 
 
@@ -168,7 +168,7 @@ def _write(room, at, gradient, begin, stop, numbers, lane, PAIRS: tl.constexpr, 
             pairs = gradient + (to[:, None] + tl.arange(0, 2)[None, :])
             tl.store(pairs, both, mask=here[:, None], eviction_policy="evict_first")
         else:
-            one = get(room, at + 4 * q, here, INTERPRETED).to(gradient.dtype.element_ty)
+            one = get(room, at + 4 * q, here, tl.float32, INTERPRETED).to(gradient.dtype.element_ty)
             tl.store(gradient + to, one, mask=here, eviction_policy="evict_first")
 
 
