@@ -26,7 +26,9 @@ CALLS = [  # B, I, O, G, the dtype of the weights, and what they meet
     (300, 64, 13, 50, torch.float32),  # sorted before
     (100, 64, 13, 500, torch.float32),  # atomics
     (2100, 512, 10, 5, torch.float32),  # sums in pieces
-    (256, 64, 64, 20, torch.float32),  # the walk
+    (256, 64, 64, 300, torch.float32),  # the walk
+    (256, 64, 64, 20, torch.float32),  # … two samples at a time
+    (1024, 64, 100, 50, torch.bfloat16),
     (512, 64, 512, 300, torch.bfloat16),
     (7000, 8, 64, 20, torch.float32),  # inputs are brought together before they are sorted
     (12000, 8, 64, 20, torch.float32),  # more samples than a program sorts

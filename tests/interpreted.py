@@ -41,6 +41,7 @@ CASES = [  # B, I, O, G, k
     (40, 2, 130, 32, 3),
 ]
 WIDE = (20, 2, 520, 9, 3)
+PAIRS = [(41, 2, 64, 9, 3), (70, 2, 100, 6, 2), (30, 3, 20, 5, 1), (33, 1, 128, 1, 0)]
 WAYS = [(False, 0), (True, 1), (True, 2)]  # with a scale, order of differentiation
 SOME = CASES[:1] + CASES[-2:]
 FEW = [case for case in CASES if case[2] <= 32] + [(150, 2, 4, 12, 3)]
@@ -88,6 +89,8 @@ SETTINGS = [  # numbers that decide which kernel runs: with other ones small cas
     ([*PRODUCTS, (gpu_few, "multiprocessors", lambda _: 1)], SOME, WAYS[:1]),  # … a program, many tiles
     ([(gpu_few, "adds", lambda *_: True), (gpu_few, "FEW_ROWS", 1)], CASES[:6:3], WAYS),  # few outputs: atomics
     ([(gpu_walk, "STEPS", 8), (gpu, "FEW_OUTPUTS", 0)], [*CASES, WIDE], WAYS),  # the walk, cut into many stretches
+    ([(gpu_walk, "STEPS", 8), (gpu, "FEW_OUTPUTS", 0)], PAIRS, WAYS),  # … samples of a cell two at a time
+    ([(gpu, "FEW_OUTPUTS", 0)], PAIRS[:2], WAYS[:2]),  # … not cut
     ([(gpu_walk, "STEPS", 8), (gpu_sort, "HELD", 0)], SOME, WAYS[:1]),  # many stretches, keys sorted by torch
 ]
 

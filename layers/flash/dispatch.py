@@ -43,19 +43,19 @@ class Limits(NamedTuple):
     forward: int  # with 64 outputs
     outputs: int  # so many more outputs, one more row
     most: int
-    backward: int  # with up to 128 outputs
+    backward: int  # with up to 128 outputs, a multiple of four
+    uneven_backward: int  # with other numbers of outputs up to 128
     wide_backward: int
     samples: int = 0  # with fewer, fewer rows
     backward_samples: int = 0
 
 
-BFLOAT16 = Limits(40, 3, 170, 66, 93)
 LIMITS = {
-    "bfloat16": BFLOAT16,
-    "float16": BFLOAT16._replace(backward=50, wide_backward=91),  # gradients are brought into its range
-    "tf32": Limits(19, 3, 80, 27, 32),
-    "parts": Limits(14, 7, 47, 28, 23, 700, 475),  # float32 in two parts, see gpu_parts.py
-    "float32": Limits(8, 32, 16, 10, 10),
+    "bfloat16": Limits(40, 3, 170, 58, 66, 93),
+    "float16": Limits(40, 3, 170, 50, 50, 91),  # gradients are brought into its range
+    "tf32": Limits(19, 3, 80, 21, 27, 32),
+    "parts": Limits(14, 7, 47, 22, 28, 23, 700, 475),  # float32 in two parts, see gpu_parts.py
+    "float32": Limits(8, 32, 16, 10, 10, 10),
 }
 BASIS_BYTES = 2**30  # of all basis values of a batch; more memory is not worth the time
 
@@ -69,7 +69,8 @@ def dense_wins(samples: int, rows: int, outputs: int, kind: str, backward: bool)
     limits = LIMITS[kind]
     most, few = min(limits.forward + (outputs - 64) // limits.outputs, limits.most), limits.samples
     if backward:
-        most, few = limits.backward if outputs <= 128 else limits.wide_backward, limits.backward_samples
+        most = limits.wide_backward if outputs > 128 else limits.uneven_backward if outputs % 4 else limits.backward
+        few = limits.backward_samples
     return rows <= most * min(1, 2 * samples / (samples + few))
 
 

@@ -12,8 +12,9 @@ from layers.flash.reference import compute_dtype
 MAX_ORDER = 5
 MAX_DERIVATIVE = 2
 FEW_OUTPUTS = 32  # up to which one program takes all outputs of a sample
-# Few outputs, and yet the backward pass is a walk: from so many outputs, samples, and samples times rows on.
-WALK_OUTPUTS, WALK_SAMPLES, WALK_WORK = 17, 500, 50_000
+# Few outputs, and yet the backward pass is a walk: from so many outputs, samples, and samples times rows on; on fine grids,
+# where it takes samples two at a time, from so many samples on.
+WALK_OUTPUTS, WALK_SAMPLES, WALK_WORK, WALK_TWO = 17, 500, 50_000, 400
 # With more samples than gpu_few.LONG, too, but for sums in shared memory and for coarse grids of so many rows in all,
 # which keep the GPU busy.
 FEW_WORK = 4096
@@ -49,7 +50,11 @@ def _few(x: Tensor, weight: Tensor, order: int) -> bool:
         if rows > gpu_few.FEW_ROWS:
             return gpu_sums.shape(samples, rows, outputs, order) is not None
         return features * rows >= FEW_WORK and x.numel() < 2**31
-    return outputs < WALK_OUTPUTS or samples < WALK_SAMPLES or samples * rows < WALK_WORK
+    if outputs < WALK_OUTPUTS:
+        return True
+    if rows > gpu_few.FEW_ROWS and gpu_walk.takes_two(samples, rows, outputs, order, weight.dtype.itemsize == 2, False):
+        return samples < WALK_TWO
+    return samples < WALK_SAMPLES or samples * rows < WALK_WORK
 
 
 def adjoint(

@@ -32,19 +32,30 @@ NARROW_GRAD = 700  # rows from which a gradient in bfloat16 is worth the convers
 FETCHED = 0 if INTERPRETED or torch.version.hip else 3  # rows ahead that are brought to the cache, in PTX
 STEPS = 32  # samples and cells that are worth a program of their own while fewer run than could
 LONG = 200  # samples and cells that are worth one where cutting fills the last round of programs
+# Two samples of a cell at a time, by the outputs of a program: from so many samples for each row of the gradient on, with
+# weights of two bytes, and how many programs run on a multiprocessor then.
+TWO_FROM, NARROW_TWO_FROM = {32: 0, 64: 3, 128: 0}, {32: 3, 64: 3, 128: 8}
+TWO_TOGETHER = {32: 24, 64: 20, 128: 12}
 WASTE = 1.15  # accepted: times as long as with the best number of stretches, by rounds, as each begins with a window
 LONGEST = 4096  # samples, the most that one takes: longer sums are less exact than sums of their pieces
 
 
 class Walk(NamedTuple):
     """Outputs of a program of one warp, into how many stretches a feature's walk is cut and how many steps each has, the
-    registers a thread may use, and whether weights are read two rows ahead."""
+    registers a thread may use, whether weights are read two rows ahead, and whether samples are taken two at a time."""
 
     block: int
     stretches: int
     each: int
     registers: int | None
     far: bool
+    two: bool
+
+
+def takes_two(samples: int, rows: int, outputs: int, order: int, narrow: bool, wide: bool) -> bool:
+    """Whether a program takes two samples of a cell at a time; see ``walk_shape``."""
+    least = (NARROW_TWO_FROM if narrow else TWO_FROM).get(power_of_2(outputs))
+    return least is not None and samples >= least * rows and outputs % 4 == 0 and order <= 3 and not wide
 
 
 def walk_shape(
@@ -54,15 +65,17 @@ def walk_shape(
     with 512 outputs, 16 with 256, 24 with fewer. ``narrow``: weights of two bytes; ``wide``: sums in float64.
     """
     block = min(power_of_2(outputs), 128 if wide or order > 3 else 512)
-    together = processors * min(8 * (512 // block), 24)
+    two = takes_two(samples, rows, outputs, order, narrow, wide)
+    together = processors * (TWO_TOGETHER[block] if two else min(8 * (512 // block), 24))
     steps = samples + rows + order + 2  # cells that samples outside are sorted into lie on both sides of the rows
     programs, most = features * ceil_div(outputs, block), math.isqrt(steps)  # carries are added one after the other
     one_round = min(together // programs, steps // STEPS, most)
     full_rounds = fewest_parts(programs, together, min(steps // LONG, most), WASTE)
     stretches = max(one_round, full_rounds, ceil_div(samples, LONGEST))
     # With 256 outputs twice as many programs run so. With 512 as many, but in bfloat16 2 % faster (float16: not timed).
-    registers = {256: 128, 512: 240 if narrow else None}.get(block) if order <= 3 and not wide else None
-    return Walk(block, stretches, ceil_div(steps, stretches), registers, block == 512)
+    registers = {64: 96 if two else None, 128: 168 if two else None, 256: 128, 512: 240 if narrow else None}.get(block)
+    registers = registers if order <= 3 and not wide else None
+    return Walk(block, stretches, ceil_div(steps, stretches), registers, block == 512, two)
 
 
 class Launches(NamedTuple):
@@ -104,6 +117,7 @@ def _backward(
     neighbours = divisor(outputs, 16 // weight_dtype.itemsize)
     apart = {"APART": cut_up and narrow}
     constants |= apart | {"FAR": walk.far, "FETCH": FETCHED, "FOLD": neighbours if walk.block >= 256 else 0}
+    constants |= {"TWO": walk.two}
     numbers = (samples, features, outputs // step, size, *cut, inv_h)
     grid = (features, walk.stretches, ceil_div(outputs, walk.block))
     go = Launch(triton_walk.walk_kernel, grid, numbers, constants, 1, registers=walk.registers)

@@ -1,9 +1,9 @@
 """The backward kernels for many outputs, in Triton: a walk through the sorted samples of each feature (``triton_sort.py``).
 
-A warp spreads over the outputs and holds ``k + 1`` rows of sums and of weights in registers: every row of the gradient is
-written by one program, without atomics or a zero-fill. Walks are cut into stretches of equal length, wherever the samples
-are; what one adds to rows of the next is added at the end, in order, so that nothing changes from run to run. A derivative
-of -1 leaves that half out.
+A warp spreads over the outputs, or each half of it does with a sample of its own, and holds ``k + 1`` rows of sums and of
+weights in registers: every row of the gradient is written by one program, without atomics or a zero-fill. Walks are cut into
+stretches of equal length, wherever the samples are; what one adds to rows of the next is added at the end, in order, so that
+nothing changes from run to run. A derivative of -1 leaves that half out.
 
 Formulas and shapes: ``layers/flash/reference.py``. Launches: ``gpu_walk.py``. ``CT`` is the dtype of all sums,
 float64 or float32, whatever the dtype of the weights.
@@ -48,8 +48,26 @@ def _share(w, g, FOLD: tl.constexpr):
 
 
 @triton.jit
-def _finish(dots, to, share):
-    tl.store(dots + to, tl.sum(share, axis=0).to(dots.dtype.element_ty), mask=to >= 0)
+def _halves(v):
+    """Of two samples, in two halves of a warp, the numbers (parts of the outputs, 2, PART)."""
+    return tl.reshape(v, [v.shape[0] // 2, 2, v.shape[1]])
+
+
+@triton.jit
+def _finish(dots, to, share, TWO: tl.constexpr):
+    if TWO:
+        total = tl.sum(tl.sum(_halves(share), axis=0, keep_dims=True), axis=2, keep_dims=True)
+        total = tl.reshape(tl.broadcast_to(total, [share.shape[0] // 2, 2, 1]), [share.shape[0], 1])
+    else:
+        total = tl.sum(share, axis=0)
+    tl.store(dots + to, total.to(dots.dtype.element_ty), mask=to >= 0)
+
+
+@triton.jit
+def _both(v):
+    """The sum over two samples, in both halves of a warp."""
+    halves = _halves(v)
+    return tl.reshape(tl.broadcast_to(tl.sum(halves, axis=1, keep_dims=True), halves.shape), v.shape)
 
 
 @triton.jit
@@ -72,6 +90,19 @@ def _grad(grad, key, o, inside, outputs, CT: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def _each(half, first, second, TWO: tl.constexpr):
+    """With TWO what belongs to the sample that a thread works on, the first or the second; else to the only one."""
+    return tl.where(half == 0, first, second) if TWO else first
+
+
+@triton.jit
+def _of_two(numbers, j, end, TWO: tl.constexpr):
+    """The numbers of the samples j and j + 1; without TWO the latter is not looked up."""
+    first = tl.load(numbers + j, mask=j < end, other=0.0)
+    return first, tl.load(numbers + j + 1, mask=j + 1 < end, other=0.0) if TWO else first
+
+
+@triton.jit
 def _first_row(t, each, cut, size, ORDER: tl.constexpr):
     """The row where stretch ``t`` begins, which is also the cell of its first window: steps without samples are cells."""
     return tl.minimum(t * each - cut - (ORDER + 1), size + ORDER)
@@ -84,7 +115,7 @@ def walk_kernel(
     inv_h: "fp64",
     ORDER: tl.constexpr, DOT_D: tl.constexpr, SCATTER_D: tl.constexpr, CT: tl.constexpr, SCALED: tl.constexpr,
     BASE: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, BO: tl.constexpr, WHOLE: tl.constexpr,
-    APART: tl.constexpr, FAR: tl.constexpr, FETCH: tl.constexpr, FOLD: tl.constexpr,
+    APART: tl.constexpr, FAR: tl.constexpr, FETCH: tl.constexpr, FOLD: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
     """One feature, one stretch of its walk (see ``rank_kernel``), one block of outputs: cell by cell, sample by sample.
     There are ``units`` of UNIT outputs.
@@ -95,13 +126,20 @@ def walk_kernel(
     ``dots`` has one for the blocks of outputs. WHOLE: BO divides the outputs. The loop over cells is unrolled ``k + 1``
     times: then a window that moves on by a row is a matter of names, and no register is copied. FAR: weights are read two
     rows ahead, not one; FETCH: into the cache, as many rows ahead (or 0); FOLD: see ``_share``.
+
+    TWO: two samples of a cell are worked on at a time, each by half of the threads, which hold twice as many outputs; tensors
+    are (2 BO / PART, PART), halves before parts, and sums of both halves are added when a row leaves.
     """
     outputs = units * UNIT
     i = tl.program_id(0).to(tl.int64)
     stretch = tl.program_id(1)
     block = tl.program_id(2)
     inv_h = tl.full([], inv_h, CT)
-    o = block * BO + tl.arange(0, BO)
+    PART: tl.constexpr = BO if BO < 64 else 64
+    half, part, o = 0, 0, block * BO + tl.arange(0, BO)
+    if TWO:
+        half, part = tl.arange(0, 2 * BO // PART)[:, None] % 2, tl.arange(0, 2 * BO // PART)[:, None] // 2
+        o = block * BO + part * PART + tl.arange(0, PART)[None, :]
     inside = (o >= 0) if WHOLE else (o < outputs)
     SECTOR: tl.constexpr = 256 // weight.dtype.element_ty.primitive_bitwidth  # numbers in 32 bytes
     lines = block * BO + tl.arange(0, BO // SECTOR if BO > SECTOR else 1) * SECTOR
@@ -131,7 +169,7 @@ def walk_kernel(
     DIFFER: tl.constexpr = DOT_D >= 1 and ORDER >= 1
     HELD: tl.constexpr = ORDER if DIFFER else ORDER + 1
 
-    nil = tl.zeros((BO,), CT)
+    nil = tl.zeros((2 * BO // PART, PART) if TWO else (BO,), CT)
     a0, a1, a2, a3, a4, a5 = nil, nil, nil, nil, nil, nil
     w0, w1, w2, w3, w4, w5 = nil, nil, nil, nil, nil, nil
     last, ahead, far, wb = nil, nil, nil, nil
@@ -145,26 +183,43 @@ def walk_kernel(
         ahead = _row(weight, c + ORDER + 1, o, inside, rows, outputs, CT)
         if FAR:
             far = _row(weight, c + ORDER + 2, o, inside, rows, outputs, CT)
-    # One sample ahead, and of its key two: on their way while a sample is worked on.
-    key = tl.load(keys + j, mask=j < end, other=NONE)
-    key_next = tl.load(keys + j + 1, mask=j + 1 < end, other=NONE)
-    f = tl.load(places + j, mask=j < end, other=0.0)
-    slope = tl.load(slopes + j, mask=j < end, other=0.0) if SLOPES else f
-    g = _grad(grad, tl.where(j < end, key, 0), o, inside, outputs, CT, BITS)
+    # One sample ahead, or two, and of their keys as many more: on their way while those before are worked on.
+    key, key1 = tl.load(keys + j, mask=j < end, other=NONE), tl.load(keys + j + 1, mask=j + 1 < end, other=NONE)
+    key2, key3 = key1, key1
+    if TWO:
+        key2 = tl.load(keys + j + 2, mask=j + 2 < end, other=NONE)
+        key3 = tl.load(keys + j + 3, mask=j + 3 < end, other=NONE)
+    f0, f1 = _of_two(places, j, end, TWO)
+    slope0, slope1 = _of_two(slopes, j, end, TWO) if SLOPES else (f0, f1)
+    g = _grad(grad, tl.where(j + half < end, _each(half, key, key1, TWO), 0), o, inside, outputs, CT, BITS)
     # Of the sample before: its sum over the threads waits for all of them, best while there is something else to do.
-    share, to = _share(nil, nil, FOLD), tl.full([], -1, tl.int64)
+    share, to = _share(nil, nil, FOLD), tl.full([2 * BO // PART, 1] if TWO else [], -1, tl.int64)
     beyond = stop + tl.where(carried, ORDER + 1, 0)  # of the rows that are written
     while (c <= stop) | (c < beyond):  # a sample's window begins at ``stop`` at the latest
         for _ in tl.static_range(ORDER + 1):
             while (key >> BITS).to(tl.int32) - (ORDER + 1) == c:
-                more = j + 1 < end
-                g_next = _grad(grad, tl.where(more, key_next, 0), o, inside, outputs, CT, BITS)
-                f_next = tl.load(places + j + 1, mask=more, other=0.0)
-                slope_next = tl.load(slopes + j + 1, mask=more, other=0.0) if SLOPES else f_next
-                key_after = tl.load(keys + j + 2, mask=j + 2 < end, other=NONE)
+                n = (_each(half, key, key1, TWO) & MASK).to(tl.int64)
+                f, slope = _each(half, f0, f1, TWO), _each(half, slope0, slope1, TWO)
+                after, next0, next1, there = j + 1, key1, key1, tl.full([], True, tl.int1)
+                if TWO:  # or one, where the next one is in another cell: then that will be the first of two
+                    both = key1 >> BITS == key >> BITS
+                    after = tl.where(both, j + 2, after)
+                    next0, next1 = tl.where(both, key2, key1), tl.where(both, key3, key2)
+                    there = (half == 0) | both
+                    g = tl.where(there, g, 0.0)
+                next_keys = tl.where(after + half < end, _each(half, next0, next1, TWO), 0)
+                g_next = _grad(grad, next_keys, o, inside, outputs, CT, BITS)
+                f0, f1 = _of_two(places, after, end, TWO)
+                if SLOPES:
+                    slope0, slope1 = _of_two(slopes, after, end, TWO)
+                if TWO:
+                    key2 = tl.load(keys + after + 2, mask=after + 2 < end, other=NONE)
+                    key3 = tl.load(keys + after + 3, mask=after + 3 < end, other=NONE)
+                else:
+                    next1 = tl.load(keys + after + 1, mask=after + 1 < end, other=NONE)
                 if DOT_D >= 0:
                     if FOLD:
-                        _finish(dots, to, share)
+                        _finish(dots, to, share, TWO)
                     d0, d1, d2, d3, d4, d5 = basis(f, inv_h, HELD - 1, DOT_D - 1 if DIFFER else DOT_D)
                     mix = (d0 * inv_h if DIFFER else d0) * _share(w0, g, FOLD)
                     for r in tl.static_range(1, HELD):
@@ -172,13 +227,14 @@ def walk_kernel(
                         mix += (d * inv_h if DIFFER else d) * _share(value(r, w0, w1, w2, w3, w4, w5), g, FOLD)
                     if BASE:
                         mix += slope * _share(wb, g, FOLD)
-                    share, to = mix if FOLD else mix * g, (key & MASK).to(tl.int64) * features
+                    share = mix if FOLD else mix * g
+                    to = tl.where(there & (part == 0), n * features, -1)
                     if not FOLD:
-                        _finish(dots, to, share)
+                        _finish(dots, to, share, TWO)
                 if SCATTER_D >= 0:
                     v0, v1, v2, v3, v4, v5 = basis(f, inv_h, ORDER, SCATTER_D)
                     if SCALED:
-                        g *= tl.load(scale + (key & MASK).to(tl.int64) * features + i).to(CT)
+                        g *= tl.load(scale + n * features + i, mask=there, other=0.0).to(CT)
                     a0 += v0 * g
                     if ORDER >= 1:
                         a1 += v1 * g
@@ -190,18 +246,20 @@ def walk_kernel(
                         a4 += v4 * g
                     if ORDER >= 5:
                         a5 += v5 * g
-                j += 1
-                g, f, slope, key, key_next = g_next, f_next, slope_next, key_next, key_after
+                j, g, key, key1 = after, g_next, next0, next1
             if SCATTER_D >= 0:
-                row, there, sums = c * outputs + o, inside & (c >= 0) & (c < beyond), a0.to(gradient.dtype.element_ty)
+                row, written = c * outputs + o, inside & (c >= 0) & (c < beyond)
+                if TWO:
+                    a0, written = _both(a0), written & (half == 0)
+                sums = a0.to(gradient.dtype.element_ty)
                 if APART:
                     if (c >= opened) & (c < stop):
-                        tl.store(gradient + row, sums, mask=there, eviction_policy="evict_first")
+                        tl.store(gradient + row, sums, mask=written, eviction_policy="evict_first")
                     else:
-                        tl.store(tl.where(c < stop, heads, carries) + row, a0, mask=there)
+                        tl.store(tl.where(c < stop, heads, carries) + row, a0, mask=written)
                 else:
                     row = tl.where(c < stop, gradient, carries) + row
-                    tl.store(row, sums, mask=there, eviction_policy="evict_first")
+                    tl.store(row, sums, mask=written, eviction_policy="evict_first")
                 a0, a1, a2, a3, a4, a5 = _moved(a0, a1, a2, a3, a4, a5, nil, ORDER + 1)
             c += 1
             if DOT_D >= 0:
@@ -215,7 +273,7 @@ def walk_kernel(
                     row = tl.minimum(c + ORDER + 1 + FETCH, tl.minimum(stop + ORDER, rows - 1))
                     _fetch(weight, tl.maximum(row, 0), lines, outputs)
     if DOT_D >= 0 and FOLD:
-        _finish(dots, to, share)
+        _finish(dots, to, share, TWO)
 
 
 @triton.jit(do_not_specialize=["features", "size", "each", "stretches"])
