@@ -13,8 +13,10 @@ class FlashKAN(KANLayer):
 
     Arguments, weights, shapes and errors: :class:`~layers.kan_layer.KANLayer`. ``spline_weight`` is stored as
     ``(I, G + k, O)``: the window of one input is one contiguous block ``(k + 1, O)``. For the backward pass only ``x``
-    is kept, with references to the weights. The work is done by :func:`layers.flash.flash_kan`. At ``x = -inf`` its SiLU
-    is the limit, 0, where that of PyTorch and so the other layers answer NaN.
+    is kept, with references to the weights; a ``base_activation`` other than the default ``nn.SiLU`` or ``None`` (the
+    function ``F.silu`` is one) keeps what PyTorch needs for it as well. The work is done by
+    :func:`layers.flash.flash_kan`. At ``x = -inf`` its SiLU is the limit, 0, where that of PyTorch and so the other
+    layers answer NaN.
 
     Example:
         >>> import torch

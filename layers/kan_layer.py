@@ -139,6 +139,7 @@ class KANLayer(nn.Module):
     def smoothness(self, order: int = 2) -> Tensor:
         """How rough the splines are: the mean over all curves of the mean squared derivative of ``order`` (default 2).
 
+        Up to ``order = spline_order``; beyond it is a penalty on the differences of neighbouring coefficients alone.
         Add ``lam * layer.smoothness()`` to a loss to train smooth curves (P-splines). The whole grid counts as one unit
         of length, and one ``lam`` means the same at every ``G``. See :func:`layers.smoothness.smoothness`.
         """

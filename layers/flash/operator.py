@@ -253,8 +253,8 @@ def flash_kan(
             (plain PyTorch), or ``None`` (default): the first on a CPU, and on a GPU the one of the first two that takes
             the GPU less time, by the measured rule in ``layers/flash/dispatch.py``. (Where the GPU waits for the host,
             because calls are small or the host is slow, ``"local"`` may be the faster: it launches fewer kernels.) On a
-            GPU in float32 the factors of that product are rounded to 2**-50 of the largest number on their row or
-            column, or finer.
+            GPU in float32 each factor of that product is kept to 23 bits; numbers below 2**-26 of the largest on their
+            row or column lose some, and are off by up to 2**-50 of it.
 
     Returns:
         Shape ``(*, O)``, in the wider dtype of ``x`` and ``spline_weight``. Under autocast the weights are taken in the

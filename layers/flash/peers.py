@@ -5,9 +5,9 @@
     pip install --force-reinstall --no-deps git+https://github.com/Blealtan/efficient-kan@c26e27a
 
 In this order: fast-kan brings a package ``efficient_kan`` of its own, which the last line replaces. Each comes as its project
-publishes it, with its own base branch, norm or bias if it has one, ``G + 3`` functions for an input, and a grid from -1
-to 1; EmbeddingBag is ours. They compute other functions than :class:`FlashKAN`, so each is checked against itself in
-float64. FusionKAN, which needs a CUDA compiler, is not among them.
+publishes it, but for the slow fit of efficient-kan's first weights, with its own base branch, norm or bias if it has one,
+``G + 3`` functions for an input, and a grid from -1 to 1; EmbeddingBag is ours. They compute other functions than
+:class:`FlashKAN`, so each is checked against itself in float64. FusionKAN, which needs a CUDA compiler, is not among them.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def digits(
 ) -> Digits:
     """Puts a data set on ``device`` (default: where it is) with its pixels mapped onto ``grid_range``.
 
-    About 190 MB for MNIST in float32. Raises as :func:`data.inputs` does.
+    About 220 MB for MNIST in float32. Raises as :func:`data.inputs` does.
     """
     mnist = mnist.to(mnist.device if device is None else device)
     train, test = (inputs(images, grid_range).to(dtype) for images in (mnist.train_images, mnist.test_images))
