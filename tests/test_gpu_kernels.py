@@ -261,7 +261,16 @@ def test_the_registers_of_a_walk():
     pytest.importorskip("triton")
     from layers.flash.gpu_walk import walk_shape
 
-    for outputs, kind, registers in ((512, F32, None), (512, NARROW, 240), (256, F32, 128), (256, WIDE, None)):
+    for outputs, kind, registers in (
+        (512, F32, None),
+        (512, NARROW, 240),
+        (256, F32, 128),
+        (256, WIDE, None),
+        (128, F32, 168),  # samples two at a time
+        (126, F32, None),
+        (64, F32, 96),
+        (32, F32, None),
+    ):
         assert walk_shape(1024, 512, 103, outputs, 3, *kind, 132).registers == registers, (outputs, kind)
 
 
