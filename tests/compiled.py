@@ -34,6 +34,10 @@ CALLS = [  # B, I, O, G, the dtype of the weights, and what they meet
     (12000, 8, 64, 20, torch.float32),  # more samples than a program sorts
     (1536, 64, 512, 20, torch.float32),  # tiles that have to do with fewer registers
     (1536, 64, 512, 450, torch.bfloat16),
+    (3000, 2, 10, 5, torch.float32),  # few features: blocks of samples
+    (300, 3, 200, 40, torch.bfloat16),
+    (40_000, 3, 33, 5, torch.float32),  # … by one warp
+    (3000, 64, 32, 100, torch.float32),  # few outputs, one warp a sample
 ]
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes for a program
 

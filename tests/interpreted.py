@@ -22,6 +22,7 @@ from layers.flash import (
     gpu_dense,
     gpu_few,
     gpu_parts,
+    gpu_samples,
     gpu_sort,
     gpu_sums,
     gpu_tiles,
@@ -47,6 +48,7 @@ SOME = CASES[:1] + CASES[-2:]
 FEW = [case for case in CASES if case[2] <= 32] + [(150, 2, 4, 12, 3)]
 PRODUCTS = [(gpu_sums, "GROUPS", 0), (gpu_few, "FEW_ROWS", 4)]  # few outputs, and no sums in shared memory
 SORTED = [*PRODUCTS, (gpu_few, "SORT_ALONG", 8)]
+BLOCKS = [(gpu_samples, "FEWEST", 1), (gpu_samples, "EACH", 0), (gpu_samples, "SHORT", 1)]
 DENSE_CASES = [  # the same, and an order of differentiation
     ((40, 19, 72, 4, 3), 1),
     ((7, 3, 33, 6, 1), 0),
@@ -92,6 +94,8 @@ SETTINGS = [  # numbers that decide which kernel runs: with other ones small cas
     ([(gpu_walk, "STEPS", 8), (gpu, "FEW_OUTPUTS", 0)], PAIRS, WAYS),  # … samples of a cell two at a time
     ([(gpu, "FEW_OUTPUTS", 0)], PAIRS[:2], WAYS[:2]),  # … not cut
     ([(gpu_walk, "STEPS", 8), (gpu_sort, "HELD", 0)], SOME, WAYS[:1]),  # many stretches, keys sorted by torch
+    (BLOCKS, [*CASES, WIDE, *PAIRS[:2]], WAYS),  # few features: blocks of samples
+    ([*BLOCKS, (gpu_samples, "PRODUCTS", 1), (gpu_samples, "OUTPUTS", 32)], SOME, WAYS[:2]),  # … and of outputs
 ]
 
 
@@ -296,7 +300,7 @@ def change(setting: list) -> None:
     """Sets numbers of modules; launches that were built with others are forgotten."""
     for module, name, value in setting:
         setattr(module, name, value)
-    for built in (gpu_sums.shape, gpu_few._backward, gpu_walk._backward):
+    for built in (gpu_sums.shape, gpu_few._backward, gpu_walk._backward, gpu_samples._forward, gpu_samples._backward):
         built.cache_clear()
 
 
@@ -331,6 +335,7 @@ def main(part: int = 0, parts: int = 1) -> None:
             for dtype, scaled in ((torch.float32, False), (torch.float32, True), (torch.float64, True)):
                 check_order(case, dtype, scaled)
             checked += 1
+    gpu_samples.FEWEST = 10**9  # only where a setting says so
     for setting, cases, ways in SETTINGS:
         before = [(module, name, getattr(module, name)) for module, name, _ in setting]
         change(setting)

@@ -108,8 +108,8 @@ def test_the_route_that_was_measured_to_be_faster(dtype, outputs, size, dense):
     pytest.importorskip("triton")
     from layers.flash import dispatch
 
-    weight = torch.empty(4, size + 3, outputs, dtype=dtype)
-    assert dispatch._dense_wins(torch.empty(1024, 4), weight, backward=True) is dense
+    weight = torch.empty(512, size + 3, outputs, dtype=dtype, device="meta")
+    assert dispatch._dense_wins(torch.empty(1024, 512), weight, backward=True) is dense
     for samples, outputs, rows in (
         (256, 512, 14),
         (512, 512, 21),
@@ -150,6 +150,50 @@ def test_few_outputs_of_many_samples_go_where_it_was_measured_to_be_faster(sampl
     from layers.flash import gpu
 
     assert gpu._few(torch.empty(samples, features), torch.empty(features, size + 3, outputs), 3) is few
+
+
+@pytest.mark.parametrize(
+    "samples, features, outputs, size, forward, backward",
+    (
+        (10_000, 2, 32, 5, True, True),  # forward 4.5 µs, by other kernels 9.4; backward 9.4, 61.6
+        (10_000, 8, 32, 100, True, True),  # 9.0, 8.9; 35, 76
+        (10_000, 16, 32, 5, False, True),  # 14.5, 10.1; 21.5, 65
+        (10_000, 32, 32, 100, False, False),  # 29.5, 17.5; 115, 96
+        (10_000, 32, 32, 20, False, True),  # backward 49, 72
+        (1000, 2, 5, 5, False, True),  # 3.4, 3.1; 5.6, 44.7
+        (64, 2, 5, 5, False, False),  # backward 5.9, 5.2
+        (200, 784, 10, 5, False, False),
+        (300, 64, 10, 100, False, False),  # backward 12.1, 10.2
+        (1000, 16, 10, 100, False, True),  # backward 10.4, 22.1
+        (65_536, 2, 32, 500, True, False),  # 8.2, 42; 186, 158
+        (200_000, 2, 32, 100, True, True),  # 18, 124; 168, 283
+        (10_000, 2, 128, 20, True, True),  # 7.4, 9.8; 23, 53
+        (4096, 8, 512, 5, False, False),  # 27, 20; 61, 50
+        (2048, 32, 128, 20, False, False),  # 28, 21; 50, 35
+        (65_536, 3, 64, 5, True, True),  # 17, 31; 42, 126
+        (65_536, 8, 128, 5, False, False),  # 100, 78; 290, 174
+    ),
+)
+def test_few_features_go_where_it_was_measured_to_be_faster(samples, features, outputs, size, forward, backward):
+    pytest.importorskip("triton")
+    from layers.flash import gpu_samples
+
+    assert gpu_samples.takes_forward(samples, features, outputs) is forward
+    assert gpu_samples.takes_backward(samples, features, size + 3, outputs) is backward
+
+
+def test_pieces_of_products_have_all_samples():
+    """In as many programs as run at once, or fewer; no sum on tensor cores is longer than 1024."""
+    pytest.importorskip("triton")
+    from layers.flash import gpu_samples
+
+    kinds = (torch.device("cpu"), torch.float32, torch.float32, torch.float32, torch.float32, None)
+    for samples, features, outputs in itertools.product((100, 1000, 10_000, 1_000_000), (1, 5, 200), (1, 32, 200)):
+        made = gpu_samples._backward(kinds, (samples, features, 8), outputs, 3, -1.0, 1.0, 1, 0, "tf32x3", 132)
+        launch, _, (pieces, height, _) = made
+        each, tiles = launch.numbers[4:6]
+        assert height == 9 * features and tiles * launch.constants["BM"] >= height
+        assert pieces * each >= samples > (pieces - 1) * each and 64 <= each <= 1024
 
 
 def test_sums_fit_into_shared_memory():

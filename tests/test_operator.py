@@ -238,18 +238,26 @@ SIZE_CASES = (
     Case(63, 16, 48, 5, second=True),  # sizes of which 16 is a divisor: products in parts on some GPUs
     Case(256, 64, 128, 5),
     Case(130, 90, 70, 5, second=True),  # not of these, padded
-    Case(1100, 3, 63, 100),
+    Case(1100, 17, 63, 100),
     Case(7000, 3, 63, 300),  # on a GPU, more samples than a program keeps while it sorts
-    Case(12_000, 3, 63, 100),  # … than it sorts: cells in one byte, and in two
+    Case(12_000, 3, 63, 150),  # … than it sorts: cells in one byte, and in two
     Case(12_000, 2, 33, 300, second=True),
-    Case(1100, 3, 13, 100),  # few outputs
+    Case(1100, 40, 13, 102),  # few outputs
     Case(2100, 520, 3, 5),  # … and sums in pieces
-    Case(1100, 3, 3, 100),  # … and so few that they are summed up in shared memory
-    Case(300, 3, 10, 1000),  # … by two programs for a feature
-    Case(300, 3, 10, 100, x="one cell"),  # … by all warps, as one cell has all samples
+    Case(1100, 41, 3, 100),  # … and so few that they are summed up in shared memory
+    Case(300, 5, 10, 1000),  # … by two programs for a feature
+    Case(300, 41, 10, 100, x="one cell"),  # … by all warps, as one cell has all samples
     Case(1, 66, 13, 1, 5, "crowd", base=False),  # … near the middle of functions of degree 5
+    Case(1100, 3, 63, 100, second=True),  # few features: on a GPU, blocks of samples
+    Case(2500, 2, 5, 5, second=True),
+    Case(3000, 2, 130, 20, x="one cell"),  # … in blocks of outputs
+    Case(40_000, 1, 40, 5, 2, x="outside", base=False),  # … by one warp
+    Case(1250, 1, 7, 9, x="knots", strided=True),
+    Case(1250, 1, 7, 9, x="ends", dtype=torch.float64),
+    Case(2100, 50, 9, 5),  # … forward a warp for each sample
 )
 ORDER_CASES = tuple(Case(order=k, second=k == 3, grid_range=(0, 1)) for k in range(6))
+ORDER_CASES += tuple(Case(1250, 1, 3, order=k, second=k == 3, grid_range=(0, 1)) for k in range(6))
 PLACE_CASES = (
     Case(63, x="one cell", second=True),
     Case(63, x="knots", second=True),
@@ -271,6 +279,7 @@ NARROW_CASES = tuple(
 )
 # Eight divides all basis values of a sample: on a GPU the dense route shifts packed windows, a program for 256 inputs.
 NARROW_CASES += tuple(Case(5, 272, 3, 20 - k, k, weight_dtype=torch.bfloat16, grid_range=(-1.5, 1)) for k in range(4))
+NARROW_CASES += tuple(Case(150, 9, 63, 100, weight_dtype=dtype) for dtype in (torch.bfloat16, torch.float16))
 CASES = SIZE_CASES + ORDER_CASES + PLACE_CASES
 
 
@@ -328,7 +337,7 @@ def test_output_buffers_hold_rubbish_before(case, route, device):
         Case(63, 17, 63, 50, second=True),
         Case(63, x="one cell", second=True),
         Case(1023, 3, 3, 100),
-        Case(1100, 3, 63, 100),
+        Case(1100, 17, 63, 100),
         Case(63, grid_range=(-3, 7), grid_size=500, second=True),  # elsewhere by atomics
     ),
     ids=str,
@@ -466,7 +475,7 @@ def test_dtypes_that_differ(inputs, weights, bases, route, device):
 def float16_layer(device):
     """Inputs in float32, weights in float16, a gradient that comes back to them, and what made these numbers."""
     rng = torch.Generator().manual_seed(1)
-    x, weight, base, g = (torch.randn(s, generator=rng) for s in ((300, 16), (16, 8, 64), (16, 64), (300, 64)))
+    x, weight, base, g = (torch.randn(s, generator=rng) for s in ((300, 20), (20, 8, 64), (20, 64), (300, 64)))
     return x.to(device), weight.to(device).half(), base.to(device).half(), g.to(device), rng
 
 
@@ -1055,10 +1064,10 @@ def test_no_synchronisation_and_cuda_graph_capture(route):
 @pytest.mark.parametrize(
     "case",
     (
-        Case(1536, 5, 128, 60),
-        Case(1536, 5, 128, 60, order=2, base=False),
-        Case(1536, 5, 128, 420, weight_dtype=torch.bfloat16),
-        Case(1536, 5, 128, 420, weight_dtype=torch.float16),
+        Case(1536, 17, 128, 60),
+        Case(1536, 17, 128, 60, order=2, base=False),
+        Case(1536, 17, 128, 420, weight_dtype=torch.bfloat16),
+        Case(1536, 17, 128, 420, weight_dtype=torch.float16),
     ),
     ids=str,
 )

@@ -57,6 +57,7 @@ LIMITS = {
     "parts": Limits(14, 7, 47, 22, 28, 23, 700, 475),  # float32 in two parts, see gpu_parts.py
     "float32": Limits(8, 32, 16, 10, 10, 10),
 }
+FEATURES = 8  # up to which no product forward is worth its preparation
 BASIS_BYTES = 2**30  # of all basis values of a batch; more memory is not worth the time
 
 
@@ -75,10 +76,16 @@ def dense_wins(samples: int, rows: int, outputs: int, kind: str, backward: bool)
 
 
 def _dense_wins(x: Tensor, weight: Tensor, backward: bool) -> bool:
-    _, rows, outputs = weight.shape
-    if outputs < 64 or x.shape[0] < 256 or torch.float64 in (x.dtype, weight.dtype):
+    (samples, features), (_, rows, outputs) = x.shape, weight.shape
+    if outputs < 64 or samples < 256 or torch.float64 in (x.dtype, weight.dtype):
         return False
-    from layers.flash import gpu_parts
+    from layers.flash import gpu_parts, gpu_samples
+
+    if backward:
+        if gpu_samples.takes_backward(samples, features, rows, outputs):
+            return False
+    elif features <= FEATURES or gpu_samples.takes_forward(samples, features, outputs):
+        return False
 
     kind, width = "float32", 4
     if weight.dtype != torch.float32:
@@ -87,7 +94,7 @@ def _dense_wins(x: Tensor, weight: Tensor, backward: bool) -> bool:
         kind = "tf32"
     elif gpu_parts.multiplies(x, weight):
         kind = "parts"
-    return x.numel() * rows * width <= BASIS_BYTES and dense_wins(x.shape[0], rows, outputs, kind, backward)
+    return x.numel() * rows * width <= BASIS_BYTES and dense_wins(samples, rows, outputs, kind, backward)
 
 
 def kernels(x: Tensor, weight: Tensor, order: int, d: int, route: str, backward: bool = False):

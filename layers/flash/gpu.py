@@ -1,11 +1,13 @@
-"""The GPU route: which Triton kernels take a call, those of ``gpu_few.py`` or of ``gpu_many.py`` and ``gpu_walk.py``."""
+"""The GPU route: which Triton kernels take a call, those of ``gpu_samples.py``, of ``gpu_few.py``, or of ``gpu_many.py`` and
+``gpu_walk.py``.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from layers.flash import gpu_few, gpu_many, gpu_sums, gpu_walk
+from layers.flash import gpu_few, gpu_many, gpu_samples, gpu_sums, gpu_walk
 from layers.flash.launch import on_device_of
 from layers.flash.reference import compute_dtype
 
@@ -37,6 +39,8 @@ def apply(
     if x.shape[0] == 0:
         return x.new_zeros(0, outputs, dtype=torch.promote_types(x.dtype, weight.dtype))
     run = gpu_few.apply if outputs <= FEW_OUTPUTS else gpu_many.apply
+    if gpu_samples.takes_forward(*x.shape, outputs):
+        run = gpu_samples.apply
     with on_device_of(x):
         return run(*_contiguous(x, weight, base, scale), order, lo, hi, d)
 
@@ -77,8 +81,12 @@ def adjoint(
             torch.zeros_like(base) if scatter_d >= 0 and base is not None else None,
         )
     else:
-        few = _few(x, weight, order) and order - scatter_d >= 1  # products do not look for cells: nothing may jump
-        run = gpu_few.adjoint if few else gpu_walk.adjoint
+        run = gpu_walk.adjoint
+        if order - scatter_d >= 1:  # products do not look for cells: nothing may jump
+            if compute_dtype(x, weight) == torch.float32 and gpu_samples.takes_backward(*x.shape, *weight.shape[1:]):
+                run = gpu_samples.adjoint
+            elif _few(x, weight, order):
+                run = gpu_few.adjoint
         with on_device_of(x):
             results = run(*_contiguous(grad, x, weight, base, scale), order, lo, hi, dot_d, scatter_d)
     # Each an empty tensor of its own: PyTorch forbids an op whose results are one another.

@@ -21,19 +21,29 @@ SORT_ALONG = 256  # samples, up to which every program that needs a feature's sa
 ROWS_TILE = {"BM": 64, "BS": 32}  # coarse grid: rows and samples of a product
 LONG, CHUNK = 2048, 1024  # longer sums over samples are made of pieces, as tensor cores cut them off
 BASE_TILE = {"BASE_BM": 16, "BASE_BS": 32}  # fine grid: features and samples of a product for the base gradient
+FEW_SAMPLES, WIDE_FEATURES = 256, 128  # fewer samples, as many features: one takes eight warps, so that the GPU is busy
+MANY_SAMPLES, NARROW_FEATURES = 2048, 64  # as many, and no more features: one takes one warp, and needs no barriers
 ADD_ROWS, ADD_OUTPUTS = 256, 16  # more rows, twice as many as samples, and no more outputs: atomics
+
+
+def warps_of(samples: int, features: int) -> int:
+    """Forward, of the program of one sample."""
+    if samples < FEW_SAMPLES and features >= WIDE_FEATURES:
+        return 8
+    return 1 if samples >= MANY_SAMPLES and features <= NARROW_FEATURES else 4
 
 
 @remembered
 def _forward(kinds: tuple, shape: tuple, outputs: int, order: int, lo: float, hi: float, d: int) -> Launch:
     (samples, features), (_, x_dtype, weight_dtype, base, scale) = shape[:2], kinds
     size, width, step = shape[2] - order, max(power_of_2(outputs), 4), divisor(outputs, 4)
-    wide = torch.float64 in (x_dtype, weight_dtype)
+    wide, warps = torch.float64 in (x_dtype, weight_dtype), warps_of(samples, features)
     constants = {"ORDER": order, "D": d, "CT": tl.float64 if wide else tl.float32}
     constants |= {"SCALED": scale is not None, "BASE": base is not None, "UNIT": step}
-    constants |= {"BI": min(2048 // width, power_of_2(features)), "BO": width, "ALL": min(power_of_2(features), 1024)}
+    all_features = power_of_2(features)
+    constants |= {"BI": min(256 * warps // width, all_features), "BO": width, "ALL": min(all_features, 1024)}
     numbers = (samples, features, outputs // step, size, lo, hi, size / (hi - lo))
-    return Launch(triton_windows.few_kernel, (samples,), numbers, constants, 8)
+    return Launch(triton_windows.few_kernel, (samples,), numbers, constants, warps)
 
 
 def apply(
