@@ -33,10 +33,11 @@ FIELDS = (
 )
 GRIDS = (5, 10, 20, 50, 100, 200, 500, 1000)
 CPU_GRIDS = (5, 10, 100, 500)
-PEER_GRIDS = {"784-10": (5, 10, 100, 500), "512-512": (5, 20, 100, 500)}  # layers of other projects
+PEER_GRIDS = {"784-10": (5, 10, 100, 500), "512-512": (5, 20, 100, 500), "2-32": (5, 100)}  # layers of other projects
 SHAPES = {
     "784-10": (200, 784, 10),
     "512-512": (1024, 512, 512),
+    "2-32": (10_000, 2, 32),
     "784-64": (1024, 784, 64),
     "1024-1024": (4096, 1024, 1024),
     "256-256": (8192, 256, 256),
@@ -103,6 +104,9 @@ def jobs(device: str, quick: bool = False) -> Iterator[Job | InTurn]:
         yield from (Job("KANLinear", "512-512", G, dtype, tf32) for G in some)
     yield from (Job("KANLinear compiled", "784-10", G) for G in some)
     yield from (Job("KANLinear compiled", "512-512", G) for G in some)
+    yield Job("nn.Linear", "2-32", 5)
+    yield from (Job(name, "2-32", G) for name in main for G in some)
+    yield from (Job("KANLinear compiled", "2-32", G) for G in PEER_GRIDS["2-32"])
     yield from (Job("MLP", "784-10", G) for G in GRIDS)
     yield from (Job("MLP", "512-512", G) for G in (5, 20, 100))
     yield from (Job(name, "8-4", 5) for name in (*main, "Regular_KAN"))
