@@ -19,19 +19,19 @@ from layers.flash import gpu, gpu_dense, gpu_parts, gpu_tiles, triton_adam
 from layers.flash.launch import Launch
 
 CALLS = [  # B, I, O, G, the dtype of the weights, and what they meet
-    (200, 64, 10, 5, torch.float32),  # few outputs, a coarse grid
-    (200, 64, 10, 50, torch.float32),  # a fine one, sums in shared memory
-    (100, 64, 7, 50, torch.bfloat16),
-    (200, 64, 13, 50, torch.bfloat16),  # too wide for these: sorted along
-    (300, 64, 13, 50, torch.float32),  # sorted before
+    (200, 300, 10, 5, torch.float32),  # few outputs, a coarse grid
+    (200, 80, 10, 50, torch.float32),  # a fine one, sums in shared memory
+    (100, 80, 7, 50, torch.bfloat16),
+    (200, 80, 13, 50, torch.bfloat16),  # too wide for these: sorted along
+    (300, 80, 13, 50, torch.float32),  # sorted before
     (100, 64, 13, 500, torch.float32),  # atomics
     (2100, 512, 10, 5, torch.float32),  # sums in pieces
     (256, 64, 64, 300, torch.float32),  # the walk
     (256, 64, 64, 20, torch.float32),  # … two samples at a time
     (1024, 64, 100, 50, torch.bfloat16),
     (512, 64, 512, 300, torch.bfloat16),
-    (7000, 8, 64, 20, torch.float32),  # inputs are brought together before they are sorted
-    (12000, 8, 64, 20, torch.float32),  # more samples than a program sorts
+    (7000, 20, 64, 20, torch.float32),  # inputs are brought together before they are sorted
+    (12000, 20, 64, 20, torch.float32),  # more samples than a program sorts
     (1536, 64, 512, 20, torch.float32),  # tiles that have to do with fewer registers
     (1536, 64, 512, 450, torch.bfloat16),
     (3000, 2, 10, 5, torch.float32),  # few features: blocks of samples
