@@ -183,7 +183,7 @@ def test_few_features_go_where_it_was_measured_to_be_faster(samples, features, o
 
 
 def test_pieces_of_products_have_all_samples():
-    """In as many programs as run at once, or fewer; no sum on tensor cores is longer than 1024."""
+    """Every row and sample is in one of them, none is empty, and no sum on tensor cores is longer than 1024."""
     pytest.importorskip("triton")
     from layers.flash import gpu_samples
 
